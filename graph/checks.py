@@ -12,9 +12,8 @@ def check_target(config: RunConfig) -> None:
     usual = RunConfig.model_fields["target_sparsity"].default
     if config.takes_parts and config.target_sparsity != usual:
         raise UserError(
-            f"target_{'size' if config.target_size else 'speed'} and target_sparsity are two targets of one run: cut "
-            "first, then set zeros in what stays by a run with --model RUN/model --target-sparsity; both as flags of "
-            "python -m graph.run do that"
+            "target_size and target_sparsity are two targets: cut first, then set zeros in what stays by a run with "
+            "--model RUN/model --target-sparsity"
         )
     if config.takes_parts and config.max_layer_sparsity != RunConfig.model_fields["max_layer_sparsity"].default:
         raise UserError("max_layer_sparsity bounds zeros, and a cut takes whole parts away; leave it out")

@@ -46,7 +46,7 @@ NOT_OF_CUTS = {
     "check_weights": "sets zeros by other weights of texts",
     "reprofile": "profiles for zeros",
 }
-"""Fields that a run with target_size or target_speed has no use for, and why."""
+"""Fields that a run with target_size has no use for, and why."""
 
 PLANNER = (
     "heuristic (no key, deterministic), openai:NAME, openai:NAME@http://HOST:PORT/v1 for a compatible endpoint, "
@@ -97,17 +97,9 @@ class RunConfig(TargetSettings, TaskSettings, PolishSettings, CutSettings, TeamS
         0.0,
         ge=0,
         lt=1,
-        description="In place of target_sparsity, or before it: share of the model's bytes that is to stay, such as "
+        description="In place of target_sparsity: share of the model's bytes that is to stay, such as "
         "0.8, embeddings and head counted. Whole neurons, groups of attention heads and blocks go, and what comes out "
         "is a smaller model of stock shapes; 0: none go.",
-    )
-    target_speed: float = Field(
-        0.0,
-        ge=0,
-        lt=100,
-        description="As target_size, such as 1.25: how many times as many tokens a second are to be decoded, one "
-        "sequence, in stock transformers on this machine, where that is measured part by part; 0: no speed is asked "
-        "for.",
     )
     pattern: str = Field(
         "",
@@ -334,14 +326,12 @@ class RunConfig(TargetSettings, TaskSettings, PolishSettings, CutSettings, TeamS
     @property
     def takes_parts(self) -> bool:
         """Whether whole parts go, in place of single weights."""
-        return self.target_size > 0 or self.target_speed > 0
+        return self.target_size > 0
 
     @property
     def aim(self) -> str:
         """What is left of a model that parts go of, such as `0.8 of its bytes`; empty where none do."""
-        if self.target_size:
-            return f"{self.target_size:.4g} of its bytes"
-        return f"{self.target_speed:.4g} times its tokens/s" if self.target_speed else ""
+        return f"{self.target_size:.4g} of its bytes" if self.target_size else ""
 
     def limit_perplexity(self, last: float) -> float:
         """What a round on the way to the target may come to, where the weights that were accepted last came to that."""
@@ -395,16 +385,9 @@ class RunConfig(TargetSettings, TaskSettings, PolishSettings, CutSettings, TeamS
     def _check_size(self) -> Self:
         if not self.takes_parts:
             return self
-        named = "target_size" if self.target_size else "target_speed"
-        if self.target_size and self.target_speed:
-            raise ValueError("target_size and target_speed are two targets; give one of them")
-        if 0 < self.target_speed <= 1:
-            raise ValueError(f"target_speed {self.target_speed:g} is no faster; give a number above 1, such as 1.25")
         for field, why in NOT_OF_CUTS.items():
             if getattr(self, field) != type(self).model_fields[field].get_default(call_default_factory=True):
-                raise ValueError(f"{named} takes whole parts away, and {field} {why}; leave it out")
-        if self.target_speed and self.device in ("stream", "spread"):
-            raise ValueError(f"{named} needs the model on one device; use another --device than {self.device}")
+                raise ValueError(f"target_size takes whole parts away, and {field} {why}; leave it out")
         return self
 
     @model_validator(mode="after")

@@ -23,8 +23,7 @@ from graph.llm.local import close_local
 from graph.persistence import StateLost, explain_damaged_state, explain_lost_state, open_saver, open_store
 from graph.persistence.sqlite import database
 from graph.runs.forks import name_directory, read_last_node
-from graph.runs.second import read_second
-from graph.runs.work import Work, find_second
+from graph.runs.work import Work
 from graph.show.display import Display, open_display
 from graph.show.words import tell
 from graph.state import Input, State, UnreadableState
@@ -45,9 +44,7 @@ class Unanswered(RuntimeError):
 
 
 def drive(work: Work) -> int:
-    """Work on a run, then on the one that goes on from its model where there is to be one, and push the last one's
-    model where that is asked for; the directory is free afterwards.
-    """
+    """Work on a run, and push its model where that is asked for; the directory is free afterwards."""
     try:
         try:
             code = _run_graph(work)
@@ -56,13 +53,9 @@ def drive(work: Work) -> int:
         finally:
             close_local()
             close_workbench()
-        second = read_second(work.directory)
-        if second is None or code:
-            return _push(work) if work.push and code == 0 else code
+        return _push(work) if work.push and code == 0 else code
     finally:
         unlock_run(work.directory)
-    further = find_second(work, second)
-    return drive(further) if further else 0
 
 
 def _run_graph(work: Work) -> int:

@@ -18,11 +18,10 @@ from typing import Any
 from rich.console import Console
 
 from graph.checks import check_target
-from graph.config import RunConfig
+from graph.config import RunConfig, read_config
 from graph.drive import drive
 from graph.persistence import STATE_VARIABLE, state_url
 from graph.runs.listing import list_runs
-from graph.runs.second import read_configs
 from graph.runs.work import Work, resume, start, start_replay
 from tools.base.console import print_line
 from tools.base.errors import UserError
@@ -140,48 +139,33 @@ def _given_path(options: argparse.Namespace) -> Path | None:
 
 
 def _show_needs(options: argparse.Namespace, flags: dict[str, Any]) -> int:
-    """Print what a run would need, or the two runs of two targets; they may be for another machine, or for a planner
-    whose key is not here.
-    """
+    """Print what a run would need; it may be for another machine, or for a planner whose key is not here."""
     from graph.goals.schema import count_allowed, count_new_text
     from graph.planning.foresee import foresee_course  # imports torch, as the others do
     from graph.planning.orders import refuse_impossible_target
+    from tools.estimate.memory import read_devices
     from tools.estimate.needs import estimate
-    from tools.estimate.room import read_devices
-    from tools.estimate.show import print_estimate
 
     if options.resume is not None:
         raise UserError("--dry-run is about a new run; leave --resume out")
     if options.replay is not None:
         raise UserError("--dry-run is about a new run; leave --replay out, or give --config runs/NAME/config.yaml")
-    first, second = read_configs(flags, _given_path(options) or CONFIGS / "quickstart.yaml")
+    config = read_config(flags, _given_path(options) or CONFIGS / "quickstart.yaml")
     devices = None if options.device_memory is None else read_devices(options.device_memory)
-    configs = [first] if second is None else [first, second]
-    for config in configs:
-        check_target(config)
-        check_texts(config)
-    found = [
-        estimate(
-            *(config, foresee_course(config)),
-            target=config.target_sparsity,
-            devices=devices,
-            directory=runs_directory(),
-            refuse=partial(refuse_impossible_target, config=config),
-        )
-        for config in configs
-    ]
-    console = Console()
-    for config, needs in zip(configs, found, strict=True):
-        if config is second:
-            print_line(console, "\nthen zeros in what stays, at most what they take in the whole model\n")
-        print_estimate(needs, console)
-        if most := count_allowed(config):
-            texts = f"{count(most, 'text')} of {count_new_text(config):,} tokens"
-            also = "that a planner may have the model write, and as many profiles more"
-            print_line(console, f"not counted: up to {texts} {also}")
-        if config.tasks:
-            tasks = ", ".join(config.tasks)
-            print_line(console, f"not counted: {tasks}, asked of the dense model and of the pruned one")
+    check_target(config)
+    check_texts(config)
+    lines = estimate(
+        *(config, foresee_course(config)),
+        target=config.target_sparsity,
+        devices=devices,
+        directory=runs_directory(),
+        refuse=partial(refuse_impossible_target, config=config),
+    )
+    uncounted = [", ".join(config.tasks)] if config.tasks else []
+    if most := count_allowed(config):
+        uncounted.append(f"up to {count(most, 'text')} of {count_new_text(config):,} tokens that a planner may ask for")
+    for line in [*lines, *([f"not counted: {'; '.join(uncounted)}"] if uncounted else [])]:
+        print_line(Console(), line)
     return 0
 
 

@@ -16,6 +16,7 @@ from tools.plans.work_order import WorkOrder, order_all
 from tools.surgery.blocks import choose_blocks, fold_blocks
 from tools.surgery.choose import choose_channels
 from tools.surgery.parts import Cut
+from tools.surgery.share import find_target
 from tools.workbench.bench import Workbench
 
 IDS = torch.randint(VOCABULARY, (4, 48), generator=torch.Generator().manual_seed(0))
@@ -101,7 +102,7 @@ def find_damping_slowly(x: Any, target: Any, weight: Any, kept: Any, *, biased: 
 
 def order_cut(bench: Workbench, profile: str, size: float = 0.75, **levers: object) -> WorkOrder:
     """What leaves so much of the bytes of the model in a workbench, shared out as these levers of a plan say."""
-    target = bench.cuts.find_target(size, 0.0, ignore_progress)
+    target = find_target(bench.model, size)
     parts = bench.cuts.read(bench.measure_parts(profile, target, ignore_progress))
     layers = bench.read_profile(profile).layers
     cut = resolve_cut(Cutting.model_validate(levers), parts, target.share, layers)

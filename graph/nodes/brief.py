@@ -12,7 +12,7 @@ from graph.config import HEURISTIC, RunConfig
 from graph.goals.chat import SHOWN, Sight
 from graph.goals.choose import ask_person, choose_brief, describe_rule
 from graph.goals.schema import check_brief, follow_brief, keep_bounds
-from graph.nodes.profile import find_target, measure_dense, profile_model
+from graph.nodes.profile import find_cut, measure_dense, profile_model
 from graph.planning.orders import resolve
 from graph.planning.plan import Plan
 from graph.runs.replay import find_brief
@@ -50,7 +50,7 @@ def brief(state: State, runtime: Runtime[RunConfig]) -> dict[str, Any]:
     session.emit("brief", planner=by, line=chosen.line, details=chosen.model_dump())
     state = state.model_copy(update={"config": config, "brief": chosen})
     with open_bench(state, session) as bench:
-        target = find_target(bench, state, session) if config.takes_parts else None
+        target = find_cut(bench, state, session) if config.takes_parts else None
         profile = profile_model(bench, target, session)
         parts = bench.measure_parts(profile, target, session.progress) if target else ""
         dense = measure_dense(bench, state, profile, session)

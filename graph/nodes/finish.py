@@ -100,7 +100,7 @@ def finish(state: State, runtime: Runtime[RunConfig]) -> dict[str, Any]:
             run=state.run,
             model=config.model,
             status="finished" if reached else "short-of-target",
-            asked="speed" if config.target_speed else "size" if config.target_size else "sparsity",
+            asked="size" if config.takes_parts else "sparsity",
             target_sparsity=config.target_sparsity,
             achieved_sparsity=achieved,
             reach=bench.told_reach,
@@ -165,8 +165,7 @@ def cut_away(bench: "Workbench", state: State, session: Session) -> tuple[CutRes
     sizes = [[parameter.numel() for parameter in model.parameters()] for model in (bench.model, built)]
     widths = [[parameter.nbytes for parameter in model.parameters()] for model in (bench.model, built)]
     result = CutResult(
-        size=state.config.target_size or None,
-        speed=state.config.target_speed or None,
+        size=state.config.target_size,
         heads=went.heads,
         neurons=went.neurons,
         blocks=list(went.dropped),

@@ -49,7 +49,7 @@ def _profile_first(state: State, runtime: Runtime[RunConfig]) -> dict[str, Any]:
     session = enter("profile", state, runtime)
     with open_bench(state, session) as bench:
         refuse_streamed_polish(bench, config)
-        target = find_target(bench, state, session) if config.takes_parts else None
+        target = find_cut(bench, state, session) if config.takes_parts else None
         if target:
             config = config.model_copy(update={"target_sparsity": target.share})
         lessons: list[Lesson] = []
@@ -93,15 +93,17 @@ def refuse_streamed_polish(bench: "Workbench", config: RunConfig) -> None:
         raise UserError(f"polish_tokens: {NO_STREAMED_POLISH}; leave it out, or give the model more memory")
 
 
-def find_target(bench: "Workbench", state: State, session: Session) -> Target:
-    """What the run's size or speed comes to; of a replay, what it came to in the record, for a speed is of a machine.
+def find_cut(bench: "Workbench", state: State, session: Session) -> Target:
+    """What the run's size comes to; of a replay, what it came to in the record.
 
     Raises UserError where such a cut cannot be.
     """
+    from tools.surgery import share  # imports torch
+
     found = read_target(state.replay) if state.replay else None
     if found is None:
         config = state.config
-        found = bench.cuts.find_target(config.target_size, config.target_speed, session.progress, config.align)
+        found = share.find_target(bench.model, config.target_size, config.align)
     session.record("target", **found.model_dump())
     return found
 

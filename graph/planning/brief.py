@@ -185,7 +185,6 @@ def _find_schema(config: RunConfig) -> type[Plan]:
 def _instructions(config: RunConfig, tools: bool) -> str:
     schema = tell_schema(_find_schema(config))
     text = config.planner_prompt or read_prompt("cuts" if config.takes_parts else "planner")
-    text = text.replace("{counts}", "decoding time" if config.target_speed else "weights")
     return text.replace("{tools}", _tell_tools(config) if tools else "").replace("{schema}", schema)
 
 

@@ -1,11 +1,9 @@
 """What a run will most likely do, before there is a model: for what it will need."""
 
 from graph.config import RunConfig
-from graph.planning.finalists import FINALISTS
 from graph.planning.orders import UNIFORM_WANDA
 from graph.planning.refinements import MASKS, STRONG, change_recipe, list_question_mixes
-from tools.estimate.course import Course, CutCourse
-from tools.measure.continuations import PROMPTS
+from tools.estimate.memory import Course, CutCourse
 from tools.plans.recipe import Recipe
 
 TESTED_MODELS = 3
@@ -19,17 +17,14 @@ def foresee_course(config: RunConfig) -> Course:
     """All rounds as the rule plans them, and the end of the run: a chat planner's rounds are told likewise."""
     cuts = config.takes_parts
     rounds = [] if cuts else foresee_recipes(config)
+    baseline = UNIFORM_WANDA.model_copy(update={"pattern": config.pattern})
+    again = rounds[-1:] * REWEIGHTED if config.check_weights else []
     return Course(
-        rounds=rounds,
-        polishes=[config.polish_tokens for recipe in rounds if recipe.polish],
-        polished_at=config.target_sparsity,
-        reweighted=rounds[-1:] * REWEIGHTED if config.check_weights else [],
-        baselines=[UNIFORM_WANDA.model_copy(update={"pattern": config.pattern})],
-        profiles=0 if cuts else config.max_iterations if config.reprofile else 1,
+        recipes=[*rounds, *again, baseline],
+        trials=config.max_iterations + len(again),
         tests=TESTED_MODELS,
-        finalists=FINALISTS if config.further_windows else 0,
-        prompts=len(PROMPTS),
-        continuing=2,
+        polish_tokens=config.polish_tokens,
+        polished_at=config.target_sparsity,
         cut=CutCourse(config.max_iterations, config.target_size, config.align) if cuts else None,
         checkpoints=config.checkpoints,
     )

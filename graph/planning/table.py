@@ -167,7 +167,7 @@ def describe_parts(parts: Parts) -> str:
     heads, neurons = shape.heads, shape.neurons
     title = (
         f"{shape.blocks} blocks, each with {heads.units} groups of heads ({heads.cost / shape.block_cost:.3%} of "
-        f"the blocks' {shape.counts} go with one of each block) and {neurons.units} neurons "
+        f"the blocks' weights go with one of each block) and {neurons.units} neurons "
         f"({neurons.cost / shape.block_cost:.4%}); of heads {', '.join(map(str, heads.options))} may go"
     )
     return (

@@ -57,12 +57,10 @@ def create_run(
     thread_id: str,
     replay: str = "",
     log: str = "",
-    second: RunConfig | None = None,
 ) -> Path:
     """Make and lock a run's directory, with `config.yaml` as resolved and `run.json`.
 
-    `log` says whose log it begins with, where that is another run's (`tools.base.made.Made`), and `second` what the
-    run is that goes on from its model (`graph.runs.second`).
+    `log` says whose log it begins with, where that is another run's (`tools.base.made.Made`).
     Calling again for the same thread changes nothing. Raises UserError when another run has the name or another
     process works in it.
     """
@@ -81,8 +79,6 @@ def create_run(
         write_config(directory, config)
         created = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         made: dict[str, Any] = {"thread_id": thread_id, "created": created, "state": state_kind(), "replay": replay}
-        if second:
-            made["second"] = second.model_dump(mode="json")
         mark = uuid.uuid4().hex
         begun = config.model_dump(mode="json", exclude={*CHANGEABLE, *_unsaid(config)})
         write_sealed(record, {**made, "mark": mark, "log": log or mark, "config": begun}, record.name)
@@ -98,7 +94,7 @@ def write_config(directory: Path, config: RunConfig) -> None:
 
 
 def _unsaid(config: RunConfig) -> set[str]:
-    """Options that a run's files leave out: beside a size or a speed a sparsity would ask for zeros as well."""
+    """Options that a run's files leave out: the sparsity that a size comes to is not known yet."""
     return {"target_sparsity"} if config.takes_parts else set()
 
 

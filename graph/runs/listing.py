@@ -54,8 +54,8 @@ def describe_run(run: Path) -> list[str]:
             return describe_summary(read_summary(run))
         refuse_lost_result(run)
         config = read_config(run)
-        size, speed = config.get("target_size"), config.get("target_speed")
-        parts = f"size {float(size):g}" if size else f"speed {float(speed):g}" if speed else ""
+        size = config.get("target_size")
+        parts = f"size {float(size):g}" if size else ""
         return [
             "unfinished",
             clean(config["model"]),

@@ -106,7 +106,6 @@ def run_apart(home: Path, *arguments: str) -> Path:
 
 def decode_briefly(patch: Callable[[Any, str, Any], None]) -> None:
     """Have fewer tokens decoded to continue a report's prompts and to time a cut, a sixth and a third of a tiny run."""
-    importlib.import_module("tools.estimate.cut_work")  # takes its figures when it is imported: these stay as they are
     patch(continuations, "CONTINUED", continuations.CONTINUED_STREAMED)
     patch(speeds, "REPEATS", 1)
     patch(speeds, "DECODED", 4)

@@ -70,13 +70,6 @@ def test_stopped_in_its_polish_and_gone_on_with_it_ends_with_the_same_weights(
     assert read_summary(run)["polished"] | times == read_summary(polished)["polished"] | times
 
 
-def test_a_dry_run_says_what_the_polish_takes(polishing: list[str], command: Command) -> None:
-    outcome = command("--dry-run", *polishing[2:])
-    assert (outcome.code, outcome.err) == (0, "")
-    assert "two forwards and a backward of 120 windows, 1 others measured 41 times" in " ".join(outcome.out.split())
-    assert "state of the optimiser" in outcome.out and "a polish under way" in outcome.out
-
-
 def test_a_plan_that_polishes_where_no_tokens_are_allowed_is_refused_in_one_line() -> None:
     recipe = Recipe(polish=True)
     with pytest.raises(ImpossiblePlan, match=r"^recipe .refit\+polish:kappa. polishes, on no tokens; give"):

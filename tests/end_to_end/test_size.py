@@ -267,40 +267,6 @@ def test_a_reflector_writes_notes_of_cuts_and_ends_the_run(tiny_llama: Path, tmp
         assert f"%, by round 1: {note['text']}" in server.requests[0].messages[1]["content"]
 
 
-def test_a_speed_comes_to_a_share_once_and_is_replayed_as_it_was(
-    tiny_llama: Path, tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Seconds are made up: 10 for what is no block, 40 for a block, of which 20 are neurons and 8 heads."""
-    timed = 0
-
-    def time_shapes(models: Any, *_: Any) -> list[tuple[float, float]]:
-        nonlocal timed
-        timed += 1
-        return [(0.0, 1 / (10 + model.config.num_hidden_layers * _time_block(model.config))) for model in models]
-
-    def _time_block(config: Any) -> float:
-        whole = transformers.AutoConfig.from_pretrained(tiny_llama)
-        neurons = config.intermediate_size / whole.intermediate_size
-        return 12 + 20 * neurons + 8 * config.num_key_value_heads / whole.num_key_value_heads
-
-    monkeypatch.setattr("tools.surgery.pace.measure_speeds", time_shapes)
-    monkeypatch.setattr("tools.measure.speeds.measure_speeds", time_shapes)
-    given = ["--name", "run", "--model", str(tiny_llama), *TINY, "--target-speed", "1.2", "--tau", "9"]
-    assert command(*given, "--max-iterations", "1").code == 0
-    run = tmp_path / "runs" / "run"
-    cut, (target,) = read_summary(run)["cut"], read_events(run, "target")
-    assert cut["size"] is None and cut["speed"] == 1.2
-    assert target["shape"]["counts"] == "decoding time"
-    assert target["share"] == pytest.approx((1 - 1 / 1.2) * 90 / 80, rel=0.15), "corrected for whole units"
-    assert cut["decoded_per_second"] / cut["dense_decoded_per_second"] == pytest.approx(1.2, rel=0.1)
-    before = timed
-    assert command("--replay", "run", "--name", "again").code == 0
-    assert timed == before + 1, "for the report alone"
-    told = command(*given[2:], "--target-speed", "50").err
-    assert "target_speed 50 cannot be met: no number of neurons, heads and blocks comes to it" in told
-    assert_same_weights(tmp_path / "runs" / "again", run)
-
-
 def test_what_is_cut_of_a_gguf_file_becomes_one(
     easy: Path, tmp_path: Path, command: Command, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -311,16 +277,15 @@ def test_what_is_cut_of_a_gguf_file_becomes_one(
         return code, said.err if code else said.out
 
     source = save_tiny_gguf(tmp_path / "tiny.gguf")
-    assert command(*flags(source, "--max-iterations", "1", "--target-sparsity", "0.3")).code == 0
-    for run in ("run", "run-zeros"):
-        made = tmp_path / f"{run}.gguf"
-        code, said = write(f"runs/{run}", "--gguf", str(made))
-        assert code == 0 and said.endswith(", read back to the bit\n")
-        smaller = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "runs" / run / "model")
-        read, _ = load_model(tiny_settings(made))
-        assert read.config.intermediate_size == smaller.config.intermediate_size < 48
-        ids = torch.arange(40)[None]
-        assert torch.equal(read(ids).logits, smaller(ids).logits)
+    assert command(*flags(source, "--max-iterations", "1")).code == 0
+    made = tmp_path / "run.gguf"
+    code, said = write("runs/run", "--gguf", str(made))
+    assert code == 0 and said.endswith(", read back to the bit\n")
+    smaller = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "runs" / "run" / "model")
+    read, _ = load_model(tiny_settings(made))
+    assert read.config.intermediate_size == smaller.config.intermediate_size < 48
+    ids = torch.arange(40)[None]
+    assert torch.equal(read(ids).logits, smaller(ids).logits)
     for arguments, problem in (
         (("runs/run", "--gguf", str(made)), f"{made} exists already; choose another --gguf"),
         (("runs/run", "--gguf", "made"), "made does not end in .gguf; choose another --gguf"),
@@ -367,15 +332,6 @@ def test_named_texts_are_read_by_what_they_count_and_bound_what_is_kept(
         ),
         (("--max-layer-sparsity", "0.3"), "max_layer_sparsity bounds zeros, and a cut takes whole parts away"),
         (("--protect", "blocks 0"), "target_size takes whole parts away, and protect names layers that are never"),
-        *(
-            (
-                ("--target-size", "0", "--target-speed", "1.2", "--device", device),
-                f"target_speed needs the model on one device; use another --device than {device}",
-            )
-            for device in ("stream", "spread")
-        ),
-        (("--target-speed", "1.2"), "target_size and target_speed are two targets; give one of them"),
-        (("--target-size", "0", "--target-speed", "0.9"), "target_speed 0.9 is no faster; give a number above 1, such"),
         (("--target-size", "0.05"), "target_size 0.05 cannot be met: "),
     ],
 )

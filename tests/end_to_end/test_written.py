@@ -1,6 +1,5 @@
 """Runs and comparisons on text that the model writes itself: no file, no hub, no data set."""
 
-import re
 from pathlib import Path
 
 import pytest
@@ -61,16 +60,6 @@ def test_recipes_are_compared_by_it(tiny_llama: Path, tmp_path: Path, no_plot: N
     close_workbench()
     again, _ = run_comparison(settings.model_copy(update={"recipes": "refit:kappa,wanda~dense:uniform"}))
     assert again.profile == known.profile and again.rows[0] == known.rows[0] and len(again.rows) == 2
-
-
-def test_a_dry_run_counts_what_writing_takes(tiny_llama: Path, command: Command) -> None:
-    outcome = command("--dry-run", "--model", str(tiny_llama), *SELF)
-    assert (outcome.code, outcome.err) == (0, "")
-    lines = [line for line in outcome.out.splitlines() if line.startswith("  write ")]
-    how = "tokens one by one, 16 documents at once; more where some end early; 1 ×; "
-    texts = "calibration text; 8,192", "validation text; 4,096", "test text; 4,096"
-    for line, text in zip(lines, texts, strict=True):
-        assert re.fullmatch(rf"  write {text} {how}[\d.]+ [MG]FLOP; [\d.]+ s", line), line
 
 
 def test_bad_prompts_are_one_line(tiny_llama: Path, command: Command) -> None:

@@ -1,9 +1,12 @@
 """How much memory there is, and how much of it is free: no more than the group of processes that this one is in may
 have, as in a container or under a scheduler."""
 
+import ctypes
+import gc
 import os
 import resource
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -46,6 +49,13 @@ def measure_peak() -> int:
     """The most bytes of memory that this process held so far."""
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return most if sys.platform == "darwin" else 1024 * most  # macOS tells bytes, others KiB
+
+
+def give_back() -> None:
+    """Let the system have memory that was let go of; glibc else keeps what lies between pieces that are in use."""
+    gc.collect()
+    with suppress(OSError, AttributeError):  # another C library
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 class _Limit(NamedTuple):

@@ -1,1 +1,1 @@
-"""What a run will need, before it begins."""
+"""What a run will need, foretold from the shapes of its model: memory, disk and time."""

@@ -1,94 +1,46 @@
-"""What a run will need (memory, disk, time), said before anything is loaded: the model is built without its weights.
+"""What `--dry-run` says: whether a run fits, its memory by phase, its disk, and its time from one block really run."""
 
-Memory and disk are sums of lines. What blocks, output head and methods hold while they work is counted, by running them
-on shapes alone; what they take is timed, by really running one block of each kind with random weights on the device,
-where that is here. Where workers share the work, each of them has phases of its own, beside those of the process that
-they work for.
-"""
-
+import copy
 import math
-import os
+import shutil
+import time
+from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from pydantic import BaseModel, Field
+from torch import nn
 
-from tools.base.errors import UserError, in_one_line
-from tools.base.settings import TeamSettings, count_threads
-from tools.estimate.block import count_block, list_conversion
-from tools.estimate.course import Course, name_recipe
-from tools.estimate.cut_work import list_cut_end, list_cut_work, price_cut_flops, price_cut_seconds
-from tools.estimate.cutting import Cutting, find_cutting
-from tools.estimate.phases import Phase, count_host, find_busiest, find_needed
-from tools.estimate.places import count_free_disk, find_place, gather_facts, read_run, settle
-from tools.estimate.prices import Prices, Pricing, Work, price_flops, price_seconds
-from tools.estimate.room import Devices, explain_absence
-from tools.estimate.timing import time_run
-from tools.estimate.work import find_shares, list_work
-from tools.models.disk import Line
-from tools.models.layers import find_blocks
+from billhook_kernels.methods import LayerStatistics
+from tools.base.errors import ImpossiblePlan, UserError, in_one_line
+from tools.base.memory import count_free
+from tools.base.settings import TeamSettings, count_beside, count_threads
+from tools.base.words import show_seconds, show_size
+from tools.estimate.empty import Empty, build_empty, list_conversion, read_source
+from tools.estimate.memory import Course, Devices, Place, find_place, measure_process
+from tools.measure.continuations import PROMPTS, count_continued
+from tools.models.artifacts import bound_mask, bound_values
+from tools.models.disk import CutSizes, DiskPlan, Line, plan_disk
+from tools.models.layers import Layer, find_blocks
+from tools.models.readout import CHUNK, compute_hidden
 from tools.plans.layer_profile import LayerProfile
+from tools.plans.pattern import count_pattern_zeros
+from tools.plans.polish import schedule_polish
+from tools.plans.recipe import Recipe
+from tools.polish.survivors import count_state_bytes
+from tools.statistics.pruned import prune_layer
+from tools.statistics.shards import count_waiting
 from tools.statistics.table import list_shapes
-from tools.surgery.parts import NEEDS_WHOLE
+from tools.surgery.parts import find_parts
+from tools.surgery.share import find_target
 
+WORDS = 2**15
+"""Rows of the output head that are really there while one block is timed, at most."""
 
-class Estimate(BaseModel):
-    """What a run will need, at most."""
-
-    model: str
-    dtype: str
-    device: str = Field(description="cpu or cuda.")
-    parameters: int
-    blocks: int
-    layers: int = Field(description="Prunable layers.")
-    weights: int = Field(description="Their weights.")
-    zeros: int = Field(description="How many of these are to be zero at the end.")
-    goes: str = Field("", description="What of parts goes, at most, in words; empty where zeros are set instead.")
-    of_blocks: float = Field(description="Share of the weights in the blocks that is prunable.")
-    of_model: float = Field(description="Share of all weights that is prunable.")
-    dense: list[str] = Field(description="Weights inside the blocks that stay dense, such as routers.")
-    phases: list[Phase] = Field(description="Of this process; with workers, of the one that they work for.")
-    workers: int = Field(0, description="0: this process does the work.")
-    threads: int = Field(description="CPU threads of each process that does the work.")
-    of_worker: list[Phase] = Field([], description="Of each worker, as `phases`, at most; empty without any.")
-    devices: Devices | None = Field(None, description="Null where it is not known what there is.")
-    spread: list[Line] = Field([], description="What each GPU holds of a model that is laid over them; empty if not.")
-    streamed: int = Field(0, description="Bytes of all blocks where one at a time comes from disk; 0 where none does.")
-    disk: list[Line]
-    room: float | None = Field(None, description="Bytes on disk that there are; null where it is not known.")
-    at_once: int | None = Field(
-        None, description="Of how many blocks second moments lie on disk at once; null where they are kept."
-    )
-    work: list[Work]
-    other_disk: int = Field(0, description="Bytes on disk were second moments kept, or not, the other way.")
-    other_work: list[Work] = Field([], description="The steps the other way.")
-    untimed: str = Field("", description="Why no step has seconds; empty where they have.")
-    tokens: int = Field(0, description="Of the longest window that one block was really run on; 0 without any.")
-
-    @property
-    def peak(self) -> Phase:
-        """The phase that holds most in both together."""
-        return max(self.phases, key=lambda phase: phase.bytes)
-
-    @property
-    def disk_bytes(self) -> int:
-        """Sum of what is written."""
-        return sum(line.bytes for line in self.disk)
-
-    def seconds(self, work: Work) -> float | None:
-        """Of one time, of the busiest worker; None where nothing was timed."""
-        return None if work.seconds is None else work.share * work.seconds
-
-    def count_host(self, phase: Phase) -> int:
-        """As `phases.count_host`."""
-        return count_host(phase, self.of_worker, self.device, self.workers)
-
-    @property
-    def needed(self) -> tuple[int, str]:
-        """As `phases.find_needed`."""
-        return find_needed(self.phases, self.of_worker, self.device, self.workers)
+SMALL = 512
+"""Inputs or outputs, whichever are more, of a layer that is pruned to see how long that takes."""
 
 
 def estimate(
@@ -99,96 +51,276 @@ def estimate(
     devices: Devices | None = None,
     directory: Path = Path(),
     refuse: Callable[[list[LayerProfile]], None] = lambda layers: None,
-) -> Estimate:
-    """What a run needs that prunes to `target`, unless it takes parts away, and takes this `course`.
+) -> list[str]:
+    """What a run needs that prunes to `target`, or cuts, and takes this `course`: some lines, the verdict first.
 
-    `devices` are those of another machine, whose disk has room for all unless the settings say how much; without them,
-    those that are here, and the disk is that of the `directory`. Reads the model's config, and runs one block of each
-    kind for some seconds where the device is here. `refuse` is told of the layers, of which sizes alone are known, and
-    raises UserError where the target cannot be met. Raises UserError in one line.
+    `devices` are those of another machine, whose disk has room for all unless the settings say how much. Reads the
+    model's config, and runs one block where the device is here. `refuse` is told of the layers, of which sizes alone
+    are known. Raises UserError in one line, as for a target that cannot be met.
     """
-    run = read_run(settings)
+    workers = count_beside(settings)
+    if settings.workers and not workers:
+        raise UserError(
+            f"how many workers {settings.workers} has is not asked here; give their number, such as --workers 8"
+        )
+    empty, process = build_empty(settings), measure_process()
     if not course.cut:
-        refuse(list_shapes(run.layers))
-    model, layers, workers = run.model, run.layers, run.workers
-    place = find_place(settings, model, devices)
-    if (place.streamed or place.spread) and course.cut and not course.cut.size:
-        raise UserError(f"target_speed {NEEDS_WHOLE}")
-    cutting = find_cutting(model, layers, course.cut) if course.cut else None
-    counts = count_block(model, settings.window, run.lead)
-    threads = count_threads(settings) if workers else torch.get_num_threads()
-    seconds, tokens, untimed = _time(model, run.read, course, cutting, place.device, threads)
-    facts = gather_facts(run, place, counts, course, cutting)
-    room = settings.disk * 1e9 or (math.inf if place.told else count_free_disk(directory))
-    place, disk, phases = settle(run, place, facts, course, cutting, room)
-    shares = find_shares(settings, layers, find_busiest(run.parts))
-    flops = price_flops(run.read, layers, counts, course)
-    if cutting:
-        flops = {**flops, **price_cut_flops(run.read, counts, cutting)}
-    pricing = Pricing(flops, None if seconds is None else _crowd(seconds, place.device, workers * threads))
-    blocks = len(find_blocks(model))
+        refuse(list_shapes(empty.layers))
+    sizes = count_cut(empty.model, empty.layers, course)
+    if course.polish_tokens:
+        _check_polish(settings, course)
+    place = find_place(empty, settings, course, devices, process)
+    room = settings.disk * 1e9 or (math.inf if devices else _count_free_disk(directory))
+    plan, beside = _plan_disk(empty, settings, course, place, sizes, room)
+    written = plan.bytes + sum(line.bytes for line in beside)
+    lines = [
+        _judge(place, workers, written, room),
+        f"model: {settings.model}, {settings.dtype} on {place.device}{', streamed' if place.streamed else ''}: "
+        f"{sum(p.numel() for p in empty.model.parameters()):,} parameters, {len(find_blocks(empty.model))} blocks",
+        f"prunable: {len(empty.layers)} layers, {empty.weights:,} weights, {empty.reach.of_blocks:.1%} of the blocks'; "
+        + (f"{course.cut.size:.1%} of the bytes stay" if course.cut else f"{round(target * empty.weights):,} zeros"),
+        *_tell_memory(place, workers),
+        f"disk: {show_size(written)}: "
+        + ", ".join(f"{show_size(line.bytes)} {line.what}" for line in [*plan.lines, *beside] if line.bytes),
+    ]
+    if plan.at_once:
+        lines.append(f"second moments: those of {plan.at_once} blocks at a time fit the disk; rounds collect them anew")
+    return [*lines, _tell_time(empty, settings, course, place)]
 
-    def work(at_once: int | None) -> list[Work]:
-        out = 0.0 if at_once is None else (math.ceil(blocks / at_once) + 1) / 2  # to the last block, and less and less
-        cut = list_cut_work(settings, cutting, pricing) if cutting else []
-        streams = place.streamed is not None
-        steps = list_work(settings, len(layers), shares, course, pricing, streamed=streams, setting_out=out, cut=cut)
-        return [*steps, *(list_cut_end(pricing, streamed=streams) if cutting else [])]
 
-    beside = [*phases.polish_disk, *(list_conversion(settings, model) if place.streamed else [])]
-    return Estimate(
-        model=settings.model,
-        dtype=settings.dtype,
-        device=place.device,
-        parameters=sum(parameter.numel() for parameter in model.parameters()),
-        blocks=blocks,
-        layers=len(layers),
-        weights=run.weights,
-        zeros=0 if cutting else round(target * run.weights),
-        goes=cutting.describe() if cutting else "",
-        of_blocks=run.reach.of_blocks,
-        of_model=run.reach.of_model,
-        dense=run.reach.dense,
-        phases=phases.own,
-        workers=workers,
-        threads=threads,
-        of_worker=phases.of_worker,
-        devices=place.devices,
-        spread=place.spread,
-        streamed=place.streamed.blocks if place.streamed else 0,
-        disk=[*disk.plan.lines, *beside],
-        room=room if math.isfinite(room) else None,
-        at_once=disk.plan.at_once,
-        work=work(disk.plan.at_once),
-        other_disk=disk.other.bytes + sum(line.bytes for line in beside),
-        other_work=[] if cutting else work(disk.other.at_once),
-        untimed=untimed,
-        tokens=tokens,
+def _judge(place: Place, workers: int, written: int, room: float) -> str:
+    needed, phase = place.count_needed(workers)
+    disk = "" if written <= room else f"; the disk has {show_size(room)} of the {show_size(written)} that are written"
+    if place.devices is None:
+        return (
+            f"needs a GPU of {show_size(needed)} ({phase}){disk}; torch sees none here: "
+            "say what there is with --device-memory, such as 80 or 8x80"
+        )
+    what = "memory" if place.device == "cpu" else "each GPU" if place.spread or workers else "the GPU"
+    there = f"{show_size(needed)} of {what} ({phase}), and there are {show_size(place.devices.bytes)}"
+    if place.device == "cuda" and workers > place.devices.number:
+        return f"does not fit: {workers} workers need as many GPUs, and there are {place.devices.number}{disk}"
+    if needed > place.devices.bytes:
+        aim = "" if place.streamed else ", or --device stream"
+        return (
+            f"does not fit: needs {there}; give fewer or shorter windows{', fewer workers' * (workers > 0)}{aim}{disk}"
+        )
+    return f"{'fits' if not disk else 'does not fit'}: needs {there}{disk}"
+
+
+def _tell_memory(place: Place, workers: int) -> list[str]:
+    def tell(phases: list[Any]) -> str:
+        if place.device == "cpu":
+            return ", ".join(f"{show_size(phase.device + phase.host)} {phase.name}" for phase in phases)
+        return ", ".join(f"{show_size(phase.device)} {phase.name}" for phase in phases)
+
+    where = "memory" if place.device == "cpu" else "GPU memory"
+    lines = [f"{where}: {tell(place.phases)}"]
+    if workers:
+        lines.append(f"{where} of each of {workers} workers: {tell(place.of_worker)}")
+    if place.device == "cuda":
+        lines.append(f"CPU memory: {show_size(place.count_host(workers))} at most")
+    return lines
+
+
+# --- disk ------------------------------------------------------------------------------------------------------------
+
+
+def count_cut(model: Any, layers: list[Layer], course: Course) -> CutSizes | None:
+    """What a run that takes parts away keeps on disk, at most; None for another. Raises UserError where it cannot."""
+    if course.cut is None:
+        return None
+    target = find_target(model, course.cut.size, course.cut.align)
+    shape, item = target.shape, layers[0].weight_OI.element_size()
+    parts = [part for kind in shape.kinds for part in find_parts(model, kind)]
+    masks = sum(bound_mask(x.weight_OI) + bound_values(x.weight_OI, 0) for x in layers)
+    fitted = sum(part.output.weight_OI.nbytes for part in parts)
+    biases = sum(layer.bias_O.nbytes for layer in layers if layer.bias_O is not None)
+    last = shape.neurons.options[-2:]  # a cut comes as near to its target as whole steps of neurons allow
+    left = shape.blocks * (target.share * shape.block_cost - (last[-1] - last[0]) * shape.neurons.cost)
+    whole = sum(parameter.nbytes for parameter in model.parameters())
+    return CutSizes(masks + fitted + biases, 8 * sum(part.units for part in parts), whole - round(item * left))
+
+
+def count_polish_disk(model: Any, layers: list[Layer], settings: TeamSettings, lead: int, course: Course) -> int:
+    """Bytes that a polish may write beside its checkpoint: twice what it keeps of each survivor, and what the dense
+    model's head reads of the windows that it is fitted to."""
+    if not course.polish_tokens:
+        return 0
+    weights = sum(layer.weight_OI.numel() for layer in layers)
+    survivors, embedding = weights - math.floor(course.polished_at * weights), model.get_input_embeddings().weight
+    texts = 2 if settings.mixes_questions else 1
+    hidden: int = (
+        settings.count_fitted() * texts * (lead + settings.window) * embedding.shape[1] * embedding.element_size()
+    )
+    return 2 * survivors * count_state_bytes(embedding.element_size(), "fp32") + hidden
+
+
+def _plan_disk(
+    empty: Empty, settings: TeamSettings, course: Course, place: Place, sizes: CutSizes | None, room: float
+) -> tuple[DiskPlan, list[Line]]:
+    """(what the run writes, second moments as there is room for; what a polish and a conversion write beside it)."""
+    polish = count_polish_disk(empty.model, empty.layers, settings, empty.lead, course)
+    whole = sum(parameter.nbytes for parameter in empty.model.parameters())
+    beside = [Line(what="a polish under way", how="", bytes=polish)] if polish else []
+    streams = place.streamed is not None
+    plan = plan_disk(
+        *(empty.model, empty.layers, settings, room - polish, empty.lead),
+        streamed=streams,
+        in_source=read_source(settings, empty.layers) if streams else set(),
+        waiting=count_waiting(settings.count_all("calibration")),
+        checkpoints=course.checkpoints,
+        sizes=sizes,
+    )
+    return plan, [*beside, *(list_conversion(settings, whole) if streams else [])]
+
+
+def _count_free_disk(directory: Path) -> int:
+    """Bytes, where a directory is or will be."""
+    present = next(path for path in [directory.resolve(), *directory.resolve().parents] if path.exists())
+    return shutil.disk_usage(present).free
+
+
+def _check_polish(settings: TeamSettings, course: Course) -> None:
+    try:
+        schedule_polish(settings.count_fitted(), settings.window, course.polish_tokens, settings.seed)
+    except ImpossiblePlan as error:
+        raise UserError(str(error)) from error
+
+
+# --- time ------------------------------------------------------------------------------------------------------------
+
+
+class _Seconds(NamedTuple):
+    """Of one window of text, through all blocks but for the output head."""
+
+    forward: float
+    backward: float
+    moments: float
+    head: float
+    word: float
+    """A forward of one token."""
+
+
+def _tell_time(empty: Empty, settings: TeamSettings, course: Course, place: Place) -> str:
+    """A line: the time of the profile, of what is pruned and of what is measured."""
+    device, workers = torch.device(place.device), max(count_beside(settings), 1)
+    blocks = find_blocks(empty.model)
+    one = 4 * max(sum(p.nbytes for p in block.parameters()) for block in blocks)
+    if place.device == "cuda" and not torch.cuda.is_available():
+        return "time: not foretold, as torch sees no GPU here"
+    if one > (torch.cuda.mem_get_info()[0] if place.device == "cuda" else count_free()):
+        return "time: not foretold, as one block does not fit the memory that is free here"
+    before = torch.get_num_threads()
+    torch.set_num_threads(count_threads(settings) if settings.workers else before)
+    try:
+        at = _time_block(empty.model, len(blocks), empty.lead + settings.window, device)
+        pruned = {name: _time_pruning(recipe, empty.layers, device) for name, recipe in _name(course).items()}
+    except Exception as error:  # there may be too little memory, or no code for an operation
+        return f"time: not foretold: {in_one_line(error, 100)}"
+    finally:
+        torch.set_num_threads(before)
+    calibration, gradient = settings.count_all("calibration"), settings.back_propagated
+    profile = calibration * (at.forward + at.moments) + gradient * (2 * at.forward + 2 * at.backward + 2 * at.head)
+    rounds = course.trials * settings.count_all("validation") * (at.forward + 2 * at.head)
+    for recipe in course.recipes:
+        rounds += pruned[recipe.exact_label + recipe.pattern]
+        if recipe.in_order:
+            rounds += calibration * (2 * at.forward + at.moments * recipe.changes_survivors)
+        if recipe.needs_curves:
+            rounds += 2 * gradient * (at.forward + at.backward + at.head)
+    if course.cut:
+        rounds += course.cut.rounds * calibration * (4 * at.forward + at.moments)
+    if course.polish_tokens:
+        rounds += course.polish_tokens / settings.window * (3 * at.forward + at.backward + 4 * at.head)
+    end = course.tests * settings.count_all("test") * (at.forward + at.head)
+    end += 2 * count_continued(streamed=place.streamed is not None) * len(PROMPTS) ** 0.5 * at.word
+    parts = {"profile": profile / workers, "rounds": rounds / workers, "end": end}
+    told = ", ".join(f"{name} {show_seconds(seconds)}" for name, seconds in parts.items())
+    disk = ", beside what the disk takes" if place.streamed else ""
+    return f"time: about {show_seconds(sum(parts.values()))} ({told}), as one block takes here{disk}"
+
+
+def _name(course: Course) -> dict[str, Recipe]:
+    return {recipe.exact_label + recipe.pattern: recipe for recipe in course.recipes}
+
+
+def _time_block(model: Any, count: int, tokens: int, device: torch.device) -> _Seconds:
+    """Really run the largest block of a model on the meta device, with random weights, and the output head."""
+    sample = copy.deepcopy(model)
+    config, blocks = sample.config.get_text_config(), find_blocks(sample)
+    chosen = max(range(len(blocks)), key=lambda index: sum(p.numel() for p in blocks[index].parameters()))
+    types = getattr(config, "layer_types", None)
+    config.num_hidden_layers, blocks._modules = 1, {"0": blocks[chosen]}
+    with suppress(AttributeError, TypeError):  # some configs make them of other fields
+        config.layer_types = types[chosen : chosen + 1]  # type: ignore[index]
+    head, embedding = sample.get_output_embeddings(), sample.get_input_embeddings()
+    words = head.weight.shape[0] / min(head.weight.shape[0], WORDS)
+    for module in (head, embedding):
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            setattr(module, name, nn.Parameter(parameter[:WORDS], requires_grad=False))
+    embedding.padding_idx = None
+    for module in sample.modules():
+        for kept in (module._parameters, module._buffers):
+            for name, value in kept.items():
+                if value is not None:
+                    made = torch.zeros(value.shape, dtype=value.dtype, device=device)
+                    made = made.normal_(std=0.02) if made.is_floating_point() else made
+                    kept[name] = nn.Parameter(made, requires_grad=False) if isinstance(value, nn.Parameter) else made
+    sample.eval()
+    ids_BT = torch.zeros(1, tokens, dtype=torch.long, device=device)
+    hidden_BTD = compute_hidden(sample, ids_BT).detach()
+    inputs = Counter(parameter.shape[-1] for parameter in blocks.parameters() if parameter.ndim == 2)
+
+    def back() -> None:
+        embedding.weight.requires_grad_(True)
+        compute_hidden(sample, ids_BT).float().sum().backward()
+        embedding.weight.requires_grad_(False)
+
+    @torch.no_grad()
+    def sum_up() -> None:
+        for width, times in inputs.items():
+            x_TI = torch.ones(tokens, width, device=device)
+            for _ in range(times):
+                x_TI.T @ x_TI
+
+    with torch.no_grad():
+        forward = _time(device, lambda: compute_hidden(sample, ids_BT))
+        word = _time(device, lambda: compute_hidden(sample, ids_BT[:, :1]))
+        logits = _time(device, lambda: head(hidden_BTD[:, :CHUNK]).float().log_softmax(-1))
+    both, chunks = _time(device, back), tokens / min(tokens, CHUNK)
+    return _Seconds(
+        count * forward,
+        count * max(both - forward, 0.0),
+        count * _time(device, sum_up),
+        words * chunks * logits,
+        count * word,
     )
 
 
-def _time(
-    model: Any, settings: TeamSettings, course: Course, cutting: Cutting | None, device: str, threads: int
-) -> tuple[Prices | None, int, str]:
-    """(seconds on so many threads of a CPU, tokens of the longest window that was run, why there are none)."""
-    if absence := explain_absence(model, device):
-        return None, 0, absence
-    prune = {name_recipe(recipe): recipe for recipe, _ in course.pruned}
-    cut = {name_recipe(recipe): recipe for recipe in course.curves}
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        place = torch.device(device)
-        times = time_run(model, settings.window, place, course.prompts, prune, cut)
-        more = price_cut_seconds(model, settings.window, place, cutting) if cutting else {}
-        return {**price_seconds(times), **more}, times.tokens, ""
-    except Exception as error:  # there may be too little memory, or no code for an operation
-        return None, 0, f"one block could not be run here: {in_one_line(error, 100)}"
-    finally:
-        torch.set_num_threads(before)
+def _time_pruning(recipe: Recipe, layers: list[Layer], device: torch.device) -> float:
+    """Seconds for all layers: of each form a smaller one is pruned, and that takes as outputs × inputs² more."""
+    seconds = 0.0
+    for (outputs, inputs), times in Counter(tuple(layer.weight_OI.shape) for layer in layers).items():
+        ratio, step = max(outputs, inputs, SMALL) / SMALL, 16 * (recipe.group[1] if recipe.group else 1)
+        rows, columns = max(1, round(outputs / ratio)), max(step, round(inputs / ratio / step) * step)
+        rows, columns = (rows, columns) if ratio > 1 else (outputs, inputs)
+        weight_OI, x_TI = torch.randn(rows, columns, device=device), torch.randn(2 * columns, columns, device=device)
+        moment_II = x_TI.T @ x_TI / len(x_TI)
+        statistics = LayerStatistics(moment_II.diagonal().clone(), torch.ones(rows, device=device), moment_II)
+        size = weight_OI.numel()
+        zeros = count_pattern_zeros(size, recipe.group) if recipe.group else round(0.45 * size)
+        took = _time(device, lambda: prune_layer(recipe, weight_OI, statistics, zeros))  # noqa: B023
+        growth = outputs * inputs / size * (inputs / columns if recipe.changes_survivors else 1)
+        seconds += times * took * growth
+    return seconds
 
 
-def _crowd(prices: Prices, device: str, threads: int) -> Prices:
-    """What one process takes while all workers have work: more, where they have more threads than there are cores."""
-    times = 1.0 if device == "cuda" else max(1.0, threads / (os.cpu_count() or 1))
-    return {thing: times * seconds for thing, seconds in prices.items()}
+def _time(device: torch.device, run: Callable[[], Any]) -> float:
+    """Seconds of the second of two runs: the first one also loads libraries."""
+    for _ in range(2):
+        began = time.perf_counter()
+        run()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+    return time.perf_counter() - began

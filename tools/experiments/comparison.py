@@ -276,9 +276,8 @@ def _ask_tasks(
 
 def show_needs(settings: CompareSettings, console: Console) -> None:
     """`--dry-run`: the memory, disk and time that the rows would need. Raises UserError."""
-    from tools.estimate.course import Course
-    from tools.estimate.needs import estimate  # imports torch, as the others do
-    from tools.estimate.show import print_estimate
+    from tools.estimate.memory import Course  # imports torch, as the others do
+    from tools.estimate.needs import estimate
 
     jobs = list_jobs(settings.recipes, settings.sparsity, settings.polish_tokens)
     _refuse_jobs(settings, jobs)
@@ -286,15 +285,15 @@ def show_needs(settings: CompareSettings, console: Console) -> None:
     recipes = [job.recipe for job in jobs if isinstance(job.recipe, Recipe)]
     polished = [(job.recipe.polish_tokens, job.sparsity) for job in jobs if isinstance(job.recipe, Recipe)]
     polished = [(tokens, sparsity) for tokens, sparsity in polished if tokens]
-    least = min((sparsity for _, sparsity in polished), default=0.0)
     course = Course(
         recipes,
-        polishes=[tokens for tokens, _ in polished],
-        polished_at=least,
-        standing=[job.recipe for job in list_standing(jobs) if isinstance(job.recipe, Recipe)],
+        tests=len(jobs),
+        polish_tokens=max((tokens for tokens, _ in polished), default=0),
+        polished_at=min((sparsity for _, sparsity in polished), default=0.0),
     )
     most = max(job.sparsity for job in jobs)
-    print_estimate(estimate(settings, course, target=most, directory=Path(settings.out)), console)
+    for line in estimate(settings, course, target=most, directory=Path(settings.out)):
+        print_line(console, line)
     if searches := sum(job.kind == "search" for job in jobs):
         rules = follow_effort(
             settings.evolution,

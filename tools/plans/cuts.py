@@ -37,18 +37,15 @@ class Units(BaseModel):
     """Heads or neurons, which every block has as many of."""
 
     units: int = Field(description="In a block; a head is a group that shares keys and values.")
-    cost: float = Field(description="What goes with one unit, of that which the target counts.")
+    cost: float = Field(description="Weights of the block's linear layers that go with one unit.")
     options: list[int] = Field(description="How many may go of every block, ascending from 0; 0 alone where none can.")
 
 
 class Shape(BaseModel):
     """What of a model can go."""
 
-    counts: Literal["weights", "decoding time"] = Field(
-        "weights", description="What the target counts: weights of the blocks' linear layers, or seconds a token."
-    )
     blocks: int
-    block_cost: float = Field(description="What goes with one block.")
+    block_cost: float = Field(description="Weights that go with one block.")
     heads: Units
     neurons: Units
 
@@ -218,7 +215,7 @@ def _explain(cutting: Cutting, parts: Parts, sparsity: float, listed: Sequence[C
     if not listed:
         most = max((n for n in range(len(parts.order) + 1) if parts.list_measured(sparsity, n)), default=None)
         hint = "other sparsities may" if most is None else f"with {most} blocks it can"
-        return f"{sparsity:.2%} of the {parts.shape.counts} cannot go with {blocks} whole blocks; {hint}"
+        return f"{sparsity:.2%} of the weights cannot go with {blocks} whole blocks; {hint}"
     numbers = ", ".join(str(heads) for heads in sorted({counts.heads for counts in listed}))
     where = "" if cutting.blocks is None else f" with {blocks} blocks,"
     return f"{cutting.heads} groups of heads cannot go of every block;{where} {numbers} can"

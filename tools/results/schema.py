@@ -3,9 +3,9 @@
 import operator
 import platform
 from importlib.metadata import version
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
-from pydantic import BaseModel, Field, model_validator
+from pydantic import BaseModel, Field
 
 from tools.base.settings import Split, WorkbenchSettings
 from tools.plans.methods import Statistics
@@ -215,8 +215,7 @@ class Finalist(BaseModel):
 class CutResult(BaseModel):
     """What was taken away whole, and what that made of the model."""
 
-    size: float | None = Field(description="Share of the model's bytes that was to stay; null where a speed was asked.")
-    speed: float | None = Field(description="Times as many tokens a second that were asked for; null for a size.")
+    size: float = Field(description="Share of the model's bytes that was to stay.")
     heads: int = Field(description="Groups of attention heads that went from every block that stays.")
     neurons: int = Field(description="Neurons that went from every block that stays.")
     blocks: list[int] = Field(description="Blocks that went whole, counted from 0 in the dense model.")
@@ -270,10 +269,10 @@ class Summary(BaseModel):
     run: str
     model: str
     status: str = Field(description="finished, or short-of-target when no plan reached the target.")
-    asked: Literal["sparsity", "size", "speed"] = Field(
+    asked: Literal["sparsity", "size"] = Field(
         "sparsity",
         exclude_if=lambda asked: asked == "sparsity",
-        description="What the target is of: zeros, or parts that go for a size or for a speed.",
+        description="What the target is of: zeros, or parts that go for a size.",
     )
     target_sparsity: float
     achieved_sparsity: float
@@ -332,13 +331,6 @@ class Summary(BaseModel):
     peak_memory_bytes: int
     mask_sha256: str
     protocol: Protocol
-
-    @model_validator(mode="after")
-    def _tell_asked(self) -> Self:
-        """Of a file of an earlier version what was cut says it, where anything was."""
-        if self.cut and self.asked == "sparsity":
-            self.asked = "speed" if self.cut.speed else "size"
-        return self
 
 
 def describe_protocol(settings: WorkbenchSettings, split: Split = "test", *, bos: bool = False) -> Protocol:

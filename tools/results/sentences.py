@@ -32,7 +32,7 @@ def describe_result(summary: Summary) -> str:
     state = "zero" if summary.asked == "sparsity" else "gone"
     text = (
         f"{summary.achieved_sparsity:.2%} of {name_prunable(summary.reach)} are {state} (target "
-        f"{name_target(summary)}){tell_share(summary.achieved_sparsity, summary.reach)}, after {rounds} "
+        f"{summary.target_sparsity:.2%}){tell_share(summary.achieved_sparsity, summary.reach)}, after {rounds} "
         f"with {undone}. Test perplexity is {show(p.pruned)}; dense {show(p.dense)}, uniform Wanda at the same "
         f"sparsity ({BEHIND[summary.wanda_statistics]}) {show(p.uniform_wanda)}"
     )
@@ -60,15 +60,6 @@ def name_text(settings: Mapping[str, Any], split: str) -> str:
         return f"`{settings[split]}`" + (f", {mix:.0%} of them questions with their answers" if mix else "")
     told = [f"{name} (`{source}`, weight {weights.get(name, 1):g})" for name, source in texts.items()]
     return f"each of {', '.join(told)}"
-
-
-OF_TIME = " of decoding time"
-"""What the target of a cut to a speed is a share of."""
-
-
-def name_target(summary: Summary) -> str:
-    """`45.00%`, and of what that is where it is no share of weights."""
-    return f"{summary.target_sparsity:.2%}{OF_TIME if summary.asked == 'speed' else ''}"
 
 
 def _tell_right(knowledge: Knowledge) -> str:
@@ -112,14 +103,12 @@ def describe_cut(cut: CutResult) -> str:
     went += [count(cut.neurons, "neuron")] if cut.neurons else []
     told = [" and ".join(went) + " of every block"] if went else []
     told += [f"block{'s' * (len(cut.blocks) > 1)} {', '.join(map(str, cut.blocks))}"] if cut.blocks else []
-    asked = f" (asked for {cut.size:.2%})" if cut.size else ""
-    what = f"Cut to {cut.share:.2%} of its bytes{asked}: {' and '.join(told)} went"
+    what = f"Cut to {cut.share:.2%} of its bytes (asked for {cut.size:.2%}): {' and '.join(told)} went"
     if cut.gain is None:
         return f"{what}; how fast it decodes was not timed, for it was on no one device"
-    wanted = f"; asked for {cut.speed:.4g}" if cut.speed else ""
     return (
         f"{what}; {cut.decoded_per_second:.1f} tokens/s decoded, dense {cut.dense_decoded_per_second:.1f} "
-        f"({cut.gain:.2f} times as many{wanted})"
+        f"({cut.gain:.2f} times as many)"
     )
 
 
@@ -238,10 +227,9 @@ def list_outcome(result: Mapping[str, Any]) -> list[str]:
     compared = "not to be compared with uniform Wanda's" if share is None else f"{share:.2f} × that of uniform Wanda"
     reach = Reach.model_validate(result["reach"]) if result.get("reach") else None
     told = f" of {name_prunable(reach)}{tell_share(result['achieved_sparsity'], reach)}" if reach else ""
-    timed = OF_TIME if result.get("asked") == "speed" or (result.get("cut") or {}).get("speed") else ""
     return [
         f"{clean(result['status'])}: sparsity {show_percent(result['achieved_sparsity'])} "
-        f"(target {show_percent(result['target_sparsity'])}{timed}){told}, {count(result['iterations'], 'iteration')}, "
+        f"(target {show_percent(result['target_sparsity'])}){told}, {count(result['iterations'], 'iteration')}, "
         f"{result['rollbacks']} rolled back",
         *([partly] if (partly := describe_reach(reach)) else []),
         f"perplexity: {show_compact(pruned)} pruned, {show_compact(dense)} dense, {show_compact(uniform)} uniform "

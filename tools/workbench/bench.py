@@ -16,8 +16,7 @@ from tools.base.failures import explain_work
 from tools.base.memory import measure_peak
 from tools.base.progress import Progress, Warn, Warner
 from tools.base.settings import Split, TeamSettings
-from tools.estimate.course import Course
-from tools.estimate.places import choose_for_run
+from tools.estimate.memory import Course, choose_for_run
 from tools.measure.recall import Recall, count_right, encode_questions
 from tools.models.blocks import Blocks
 from tools.models.gguf import reading_once
@@ -81,9 +80,9 @@ class Workbench:
         self.store = ArtifactStore(directory / "artifacts")
         self.store.remove_unfinished()
         forget_loading(directory)
-        course = course or Course([])
+        course = course or Course()
         with reading_once():
-            chosen = settings if loaded else choose_for_run(settings, course, directory)
+            chosen = settings if loaded else choose_for_run(settings, course)
             self.model, self.tokenizer = loaded or load_model(chosen, self.store.directory)
         if settings.device == "auto" and find_stream(self.model):
             who = "a run and its workers hold" if settings.workers else "a run holds"

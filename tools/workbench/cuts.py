@@ -19,7 +19,6 @@ from billhook_kernels.channels import expand_units
 from tools.base.errors import BrokenPlan, UnknownStatistics, UserError
 from tools.base.failures import explain_layer
 from tools.base.progress import Progress
-from tools.base.settings import ALIGN
 from tools.models.artifacts import FORMAT, pack_pruned
 from tools.models.blocks import Blocks
 from tools.models.layers import Layer
@@ -27,10 +26,9 @@ from tools.models.unfinished import UNFINISHED
 from tools.plans.cuts import Counts, CutOrder, Parts, Shape, Target, find_most, list_by_blocks
 from tools.surgery.blocks import Drop, drop_blocks, pass_on_without_weights
 from tools.surgery.curves import Curves, measure_curves
-from tools.surgery.pace import price_parts
-from tools.surgery.parts import KINDS, Cut, Fit, Kind, Part, find_parts, refuse_apart
+from tools.surgery.parts import KINDS, Cut, Fit, Kind, Part, find_parts
 from tools.surgery.rebuild import build_cut, check_cut
-from tools.surgery.share import DIGITS, check_target, find_shape, find_target, make_fits
+from tools.surgery.share import make_fits
 from tools.texts.windows import Windows
 from tools.workbench.kept_cuts import CurveFiles, FitFiles, list_curves, list_orders, read_curves
 from tools.workbench.store import DENSE, ArtifactStore, Index
@@ -62,29 +60,6 @@ class Cuts:
         self._read = windows.list_in_proportion(shares)
 
     # --- what can go --------------------------------------------------------------------------------------------
-
-    def find_target(self, size: float, speed: float, progress: Progress, align: int = ALIGN) -> Target:
-        """What must go so that `size` of the model's bytes stays, or else `speed` times as many tokens a second are
-        decoded, which is measured here, and once for a model on this machine.
-
-        Raises UserError where such a cut cannot be.
-        """
-        if size:
-            return find_target(self._model, size, align)
-        refuse_apart(self._model, "target_speed")
-        find_shape(self._model, align)  # what cannot be cut is said before anything is read
-        return self._find_pace(speed, progress, align)
-
-    def _find_pace(self, speed: float, progress: Progress, align: int) -> Target:
-        """As `find_target`, of a speed."""
-        key = hashlib.sha256(json.dumps(["pace", self._weights.hash_all_dense(), speed, align]).encode()).hexdigest()
-        if known := self._index.read(".json").get(key):
-            return Target.model_validate(self._store.read_json(known))
-        found = price_parts(self._model, speed, self._windows.validation[0].to(self._model.device), progress, align)
-        found = found.model_copy(update={"share": round(found.share, DIGITS)})
-        check_target(self._model, found)
-        self._index.add(key, self._store.write_json(found.model_dump()))
-        return found
 
     def measure(self, profile: str, target: Target, progress: Progress) -> str:
         """The artifact of what is known of the parts (`Parts`), for cuts of up to the target.

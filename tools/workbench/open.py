@@ -1,6 +1,5 @@
 """The workbench of this process: one model at a time, and one run directory, which others are kept out of."""
 
-import gc
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -8,13 +7,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tools.base.errors import DamagedArtifact
+from tools.base.memory import give_back
 from tools.base.progress import Progress, Warn
 from tools.base.rundir import lock_run, unlock_run
 from tools.base.settings import TeamSettings, WorkbenchSettings
 from tools.workbench.store import DENSE
 
 if TYPE_CHECKING:
-    from tools.estimate.course import Course
+    from tools.estimate.memory import Course
     from tools.workbench.bench import Workbench
 
 _lock = threading.RLock()
@@ -44,7 +44,10 @@ def use_workbench(
             lock_run(directory)
             _open.append(Workbench(settings, directory, warn, progress, loaded, course))
         _open[0].warn = warn
-        yield _open[0]
+        try:
+            yield _open[0]
+        finally:
+            give_back()
 
 
 def _take_model(bench: "Workbench", settings: TeamSettings) -> tuple[Any, Any] | None:
@@ -70,4 +73,4 @@ def close_workbench() -> None:
             bench = _open.pop()
             bench.close()
             unlock_run(bench.directory)
-        gc.collect()
+        give_back()

@@ -11,9 +11,8 @@ from tools.base.errors import UserError
 from tools.base.progress import Warn
 from tools.base.settings import TeamSettings
 from tools.base.words import show_size
-from tools.estimate.course import Course
-from tools.estimate.cutting import find_cutting
-from tools.estimate.polish import count_polish_disk
+from tools.estimate.memory import Course
+from tools.estimate.needs import count_cut, count_polish_disk
 from tools.models.disk import plan_disk
 from tools.models.layers import Layer
 from tools.models.source import list_in_source
@@ -53,7 +52,7 @@ def fit_disk(
         in_source=in_source,
         waiting=waiting,
         checkpoints=course.checkpoints,
-        sizes=find_cutting(model, layers, course.cut).sizes if course.cut else None,
+        sizes=count_cut(model, layers, course),
     )
     plan = count(room - polish)
     needed = plan.bytes + polish

@@ -58,7 +58,9 @@ def test_one_text_has_no_other_weights() -> None:
 def test_two_more_rounds_are_foreseen_where_they_are_asked_for() -> None:
     config = RunConfig(text=TEXTS)
     course = foresee_course(config.model_copy(update={"check_weights": True}))
-    assert course.reweighted == [course.rounds[-1]] * 2 and foresee_course(config).reweighted == []
+    plain = foresee_course(config)
+    *rounds, baseline = plain.recipes
+    assert list(course.recipes) == [*rounds, rounds[-1], rounds[-1], baseline]
 
 
 @pytest.mark.parametrize(

@@ -31,8 +31,8 @@ from tools.plans.recipe import Recipe
 from tools.plans.work_order import order_all
 from tools.results.losses import Evaluation
 from tools.surgery.blocks import Drop
-from tools.surgery.parts import NEEDS_WHOLE, find_parts
-from tools.surgery.share import find_shape
+from tools.surgery.parts import find_parts
+from tools.surgery.share import find_shape, find_target
 from tools.workbench.cuts import _read_drop, _write_drop
 from tools.workbench.store import DENSE
 
@@ -125,7 +125,7 @@ def test_nothing_is_known_of_single_weights_but_wanda_can_prune_as_its_authors_d
 
 def test_another_text_has_parts_of_its_own(tmp_path: Path, workbench_closed: None) -> None:
     bench = open_bench(tiny_settings(save_tiny_model(tmp_path / "model", "llama")), tmp_path / "run")
-    profile, target = bench.profile_bare(ignore), bench.cuts.find_target(0.75, 0.0, ignore)
+    profile, target = bench.profile_bare(ignore), find_target(bench.model, 0.75)
     parts = bench.measure_parts(profile, target, ignore)
     assert bench.measure_parts(profile, target, ignore) == parts
     bench.windows.calibration[0, 0] += 1
@@ -137,7 +137,7 @@ def test_whole_blocks_go(architecture: str, tmp_path: Path, workbench_closed: No
     bench = open_bench(tiny_settings(save_biased_model(tmp_path / "model", architecture)), tmp_path / "run")
     dense = snapshot(bench)
     profile = bench.profile_bare(ignore)
-    target = bench.cuts.find_target(0.75, 0.0, ignore)
+    target = find_target(bench.model, 0.75)
     cut = CutOrder(
         parts=bench.cuts.read(bench.measure_parts(profile, target, ignore)).artifact,
         **{"heads": 0, "neurons": 0, "dropped": (1,), "refit": True},
@@ -190,7 +190,7 @@ def test_what_was_measured_before_an_interruption_is_not_measured_again(
             raise KeyboardInterrupt
 
     bench = open_bench(settings, tmp_path / "whole")
-    profile, target = bench.profile_bare(ignore), bench.cuts.find_target(0.5, 0.0, ignore)
+    profile, target = bench.profile_bare(ignore), find_target(bench.model, 0.5)
     expected = bench.cuts.read(bench.measure_parts(profile, target, ignore))
     assert len(expected.order) > 2
     bench = open_bench(settings, tmp_path / "halted")
@@ -258,7 +258,7 @@ class Exported(NamedTuple):
 def cut_and_export(model: str, device: str, directory: Path) -> Exported:
     """A block and some neurons of the others."""
     bench = open_bench(tiny_settings(model, device=device), directory)
-    profile, target = bench.profile_bare(ignore), bench.cuts.find_target(0.75, 0.0, ignore)
+    profile, target = bench.profile_bare(ignore), find_target(bench.model, 0.75)
     parts = bench.cuts.read(bench.measure_parts(profile, target, ignore))
     layers = bench.read_profile(profile).layers
     cut = CutOrder(parts=parts.artifact, **{"heads": 0, "neurons": 8, "dropped": (1,), "refit": True})
@@ -284,13 +284,6 @@ def assert_same(found: Exported, other: Exported) -> None:
         assert same(ours, theirs)
 
 
-def test_a_streamed_model_is_not_timed(tmp_path: Path, workbench_closed: None) -> None:
-    path = save_tiny_model(tmp_path / "model", "llama")
-    bench = open_bench(tiny_settings(path, device="stream"), tmp_path / "run")
-    with pytest.raises(UserError, match=f"^target_speed {NEEDS_WHOLE}$"):
-        bench.cuts.find_target(0.0, 1.25, ignore)
-
-
 @pytest.mark.parametrize(
     ("architecture", "size", "problem"),
     [
@@ -303,15 +296,15 @@ def test_what_cannot_be_cut_is_refused_before_anything_is_measured(
 ) -> None:
     bench = open_bench(tiny_settings(save_biased_model(tmp_path / "model", architecture)), tmp_path / "run")
     with pytest.raises(UserError, match=problem):
-        bench.cuts.find_target(size, 0.0, ignore)
+        find_target(bench.model, size)
 
 
 def test_widths_are_aligned_as_asked(tmp_path: Path, workbench_closed: None) -> None:
     bench = open_bench(tiny_settings(save_tiny_model(tmp_path / "model", "llama")), tmp_path / "run")
-    assert bench.cuts.find_target(0.75, 0.0, ignore).shape.neurons.options == [0, 8, 16, 24, 32, 40]
-    assert bench.cuts.find_target(0.75, 0.0, ignore, 32).shape.neurons.options == [0, 16]
+    assert find_target(bench.model, 0.75).shape.neurons.options == [0, 8, 16, 24, 32, 40]
+    assert find_target(bench.model, 0.75, 32).shape.neurons.options == [0, 16]
     with pytest.raises(UserError, match=r"^of 48 neurons no multiple of 128 can stay but all; give a smaller align$"):
-        bench.cuts.find_target(0.75, 0.0, ignore, 128)
+        find_target(bench.model, 0.75, 128)
 
 
 def test_workers_and_what_was_damaged_have_the_biases_of_a_cut(tmp_path: Path, workbench_closed: None) -> None:

@@ -18,6 +18,7 @@ from tools.models.unfinished import UNFINISHED
 from tools.plans.cuts import CutOrder, Parts
 from tools.plans.recipe import Recipe
 from tools.plans.work_order import WorkOrder, order_all
+from tools.surgery.share import find_target
 from tools.workbench.bench import Workbench
 from tools.workbench.cuts import Cuts
 from tools.workbench.open import close_workbench
@@ -68,7 +69,7 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 def measure(bench: Workbench, progress: Progress = ignore) -> Parts:
-    profile, target = bench.profile_bare(ignore), bench.cuts.find_target(0.6, 0.0, ignore)
+    profile, target = bench.profile_bare(ignore), find_target(bench.model, 0.6)
     return bench.cuts.read(bench.cuts.measure(profile, target, progress))
 
 

@@ -27,7 +27,7 @@ from tests.tiny import save_tiny_model, tiny_settings
 from tests.tools.workbench.test_prune import artifacts, mix
 from tools.base.errors import UserError
 from tools.base.settings import TeamSettings
-from tools.estimate.course import Course
+from tools.estimate.memory import Course
 from tools.models.disk import list_disk, plan_disk
 from tools.plans.recipe import parse_recipe
 from tools.plans.work_order import order_allocation
@@ -227,7 +227,7 @@ def test_too_little_disk_even_so_is_refused(kept: Workbench, tmp_path: Path, mon
 
 def test_a_polish_is_asked_room_for_too(kept: Workbench, tmp_path: Path) -> None:
     """Twice values, two means and the best so far of half of the weights, and what the dense model's head reads."""
-    weights, course = sum(layer.weight_OI.numel() for layer in kept.layers), Course([], polishes=[64], polished_at=0.5)
+    weights, course = sum(layer.weight_OI.numel() for layer in kept.layers), Course(polish_tokens=64, polished_at=0.5)
     state, windows = 2 * (weights // 2) * (4 + 8 + 4), kept.settings.count_fitted()
     more = state + windows * kept.settings.window * kept.model.config.hidden_size * 4
 
@@ -237,7 +237,7 @@ def test_a_polish_is_asked_room_for_too(kept: Workbench, tmp_path: Path) -> None
 
     told: list[str] = []
     needed = sum(line.bytes for line in list_disk(kept.model, kept.layers, kept.settings))
-    assert fit(needed, Course([])) is None and fit(needed + more, course) is None and not told
+    assert fit(needed, Course()) is None and fit(needed + more, course) is None and not told
     assert fit(needed + more - 1, course) is not None
     assert "second moments are not kept, which takes a disk of " in told[0]
     with pytest.raises(UserError, match=r"^a run of this model may write .* but --disk allows 10\.0 kB; allow more$"):

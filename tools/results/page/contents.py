@@ -12,7 +12,6 @@ from tools.results.page.figures import Cell, Prediction
 from tools.results.page.record import Layers, Record, Trial
 from tools.results.schema import CutResult, Knowledge, Score, Summary
 from tools.results.sentences import (
-    OF_TIME,
     describe_finalists,
     describe_result,
     name_text,
@@ -39,12 +38,7 @@ def find_target(record: Record) -> float | None:
 
 def takes_parts(record: Record) -> bool:
     """Whether whole parts go, in place of single weights."""
-    return any(record.config.get(field) for field in ("target_size", "target_speed"))
-
-
-def _is_of_time(record: Record) -> bool:
-    """Whether the target, and what is gone so far, are shares of the seconds of decoding, and not of weights."""
-    return bool(record.config.get("target_speed"))
+    return bool(record.config.get("target_size"))
 
 
 def describe_run(record: Record) -> list[str]:
@@ -64,9 +58,8 @@ def describe_run(record: Record) -> list[str]:
     ]
     if kept and changed and dense:
         aim, state = f" (target {target:.2%})" if target else "", "gone" if takes_parts(record) else "zero"
-        what = f"{OF_TIME} is" if _is_of_time(record) else " of the prunable weights are"
         said.append(
-            f"So far {kept.sparsity:.2%}{what} {state}{aim}, at a validation perplexity of "
+            f"So far {kept.sparsity:.2%} of the prunable weights are {state}{aim}, at a validation perplexity of "
             f"{show(kept.perplexity)}; dense {show(dense.perplexity)}."
         )
     elif dense:
@@ -82,8 +75,7 @@ def describe_run(record: Record) -> list[str]:
 def list_tiles(record: Record) -> list[tuple[str, str, str]]:
     """The headline figures: (title, figure, words below it)."""
     target = find_target(record)
-    of_time = _is_of_time(record)
-    aim = f"target {target:.2%}{OF_TIME if of_time else ''}" if target else ""
+    aim = f"target {target:.2%}" if target else ""
     kept, dense, summary = record.kept, record.dense, record.summary
     state = "Weights gone" if takes_parts(record) else "Zero weights"
     tiles = []
@@ -98,7 +90,7 @@ def list_tiles(record: Record) -> list[tuple[str, str, str]]:
         else:
             tiles.append(("Uniform Wanda", show(p.uniform_wanda), "at the same sparsity"))
     elif kept and dense:
-        tiles.append((f"{'Time gone' if of_time else state} so far", f"{kept.sparsity:.2%}", aim))
+        tiles.append((f"{state} so far", f"{kept.sparsity:.2%}", aim))
         tiles.append(("Validation perplexity", show(kept.perplexity), f"dense {show(dense.perplexity)}"))
     if kept and dense:
         error = f"± {kept.kl_error:.4f}, " if kept.kl_error else ""
@@ -111,10 +103,9 @@ def list_tiles(record: Record) -> list[tuple[str, str, str]]:
 
 def _list_gains(cut: CutResult) -> list[tuple[str, str, str]]:
     """The tiles of what a cut made of the model."""
-    size, speed = (f"asked for {asked:.4g}" if asked else "" for asked in (cut.size, cut.speed))
-    tiles = [("Bytes", f"{cut.share:.2%}", size or "of the dense model's")]
+    tiles = [("Bytes", f"{cut.share:.2%}", f"asked for {cut.size:.4g}")]
     if cut.gain is not None:
-        tiles.append(("Tokens/s decoded", f"{cut.gain:.2f} ×", speed or f"dense {cut.dense_decoded_per_second:.1f}"))
+        tiles.append(("Tokens/s decoded", f"{cut.gain:.2f} ×", f"dense {cut.dense_decoded_per_second:.1f}"))
     return tiles
 
 
