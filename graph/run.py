@@ -164,8 +164,9 @@ def _show_needs(options: argparse.Namespace, flags: dict[str, Any]) -> int:
     uncounted = [", ".join(config.tasks)] if config.tasks else []
     if most := count_allowed(config):
         uncounted.append(f"up to {count(most, 'text')} of {count_new_text(config):,} tokens that a planner may ask for")
+    console = Console()
     for line in [*lines, *([f"not counted: {'; '.join(uncounted)}"] if uncounted else [])]:
-        print_line(Console(), line)
+        print_line(console, line)
     return 0
 
 

@@ -69,3 +69,10 @@ def test_bad_prompts_are_one_line(tiny_llama: Path, command: Command) -> None:
         "error: the calibration and test texts come from 1 prompt of one source, 'self:Write.'"
     )
     assert outcome.err.count("\n") == 1
+
+
+def test_a_dry_run_counts_what_writing_takes(tiny_llama: Path, command: Command) -> None:
+    plain, own = (command("--dry-run", "--model", str(tiny_llama), *more) for more in ((), SELF))
+    assert (own.code, own.err) == (0, "")
+    assert " write texts" in own.out and " write texts" not in plain.out
+    assert " (texts " in own.out and " (profile " in plain.out

@@ -6,7 +6,6 @@ The one place for each of these: whoever tells a figure, in a table, a report or
 import math
 import re
 import unicodedata
-from collections.abc import Mapping
 from typing import Literal
 
 _ESCAPES = re.compile(
@@ -15,7 +14,6 @@ _ESCAPES = re.compile(
     r"|\x1b[ -/]*[0-~]?"
 )
 _BYTES = {"GB": 1e9, "MB": 1e6, "kB": 1e3}
-_FLOPS = {"PFLOP": 1e15, "TFLOP": 1e12, "GFLOP": 1e9, "MFLOP": 1e6}
 
 
 def strip_controls(text: str, *, lines: bool = False) -> str:
@@ -113,17 +111,8 @@ def show_share(value: float | None, error: float | None) -> str:
 
 def show_size(size: float, unit: Literal["GB", "MB"] | None = None, digits: int = 1) -> str:
     """Bytes: 2100000000 as 2.1 GB, in the unit asked for, or in the largest of which there is one."""
-    return f"{size / _BYTES[unit]:.{digits}f} {unit}" if unit else _scale(size, _BYTES, "bytes")
-
-
-def show_flops(flops: float) -> str:
-    """Floating-point operations, in the largest unit of which there is one."""
-    return _scale(flops, _FLOPS, "FLOP")
-
-
-def _scale(count: float, units: Mapping[str, float], least: str) -> str:
-    unit = next((unit for unit, size in units.items() if count >= size), None)
-    return f"{count / units[unit]:.1f} {unit}" if unit else f"{count:.0f} {least}"
+    told: str | None = unit or next((name for name, least in _BYTES.items() if size >= least), None)
+    return f"{size / _BYTES[told]:.{digits}f} {told}" if told else f"{size:.0f} bytes"
 
 
 def show_seconds(value: float) -> str:

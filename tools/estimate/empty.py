@@ -35,6 +35,11 @@ class Empty(NamedTuple):
         """Of the prunable layers."""
         return sum(layer.weight_OI.numel() for layer in self.layers)
 
+    @property
+    def bytes(self) -> int:
+        """Of all parameters."""
+        return sum(parameter.nbytes for parameter in self.model.parameters())
+
 
 def build_empty(settings: WorkbenchSettings, lead: int | None = None) -> Empty:
     """The model of a hub id, a directory, a .gguf file, a package or a .json file, of which only the config is read.
@@ -65,7 +70,7 @@ def build_empty(settings: WorkbenchSettings, lead: int | None = None) -> Empty:
 
 
 def _read_lead(settings: WorkbenchSettings) -> int:
-    """None where there is a config alone, without a tokenizer."""
+    """0 where there is a config alone, without a tokenizer."""
     try:
         return 0 if settings.model.endswith(".json") else count_lead(settings, load_tokenizer(settings))
     except Exception:  # every way a tokenizer can be missing has a class of error of its own
@@ -75,8 +80,8 @@ def _read_lead(settings: WorkbenchSettings) -> int:
 def read_source(settings: WorkbenchSettings, layers: list[Layer]) -> set[str]:
     """Names of the layers whose dense weights a streamed model has in its own files, by their headers.
 
-    None where these are not here: of a hub id that was not downloaded, a .gguf file that was not converted yet, a
-    config alone.
+    None of them where the files are not here: of a hub id that was not downloaded, a .gguf file that was not converted
+    yet, a config alone.
     """
     path, gguf_file = _locate_config(settings.model)
     if not gguf_file:

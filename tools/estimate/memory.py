@@ -28,12 +28,16 @@ from tools.plans.layer_profile import LEVELS
 from tools.plans.recipe import Recipe
 from tools.polish.survivors import count_state_bytes
 from tools.statistics.shards import count_held, cut_shards, share_out
+from tools.texts.written import BATCH, list_written
 
 SLACK = 1.2
 """Bytes that a process takes for each that is counted."""
 
 HELD = 0.95
 """Share of the memory that is free which a run may need for `auto` to hold the model."""
+
+ALONE = ("continue prompts", "write texts")
+"""Phases in which workers wait."""
 
 
 class CutCourse(NamedTuple):
@@ -136,8 +140,7 @@ def find_place(empty: Empty, settings: TeamSettings, course: Course, devices: De
     held = measure(stream if settings.device == "stream" else None)
     if settings.device != "auto" or devices is None:
         return held
-    whole = sum(parameter.nbytes for parameter in empty.model.parameters())
-    if count_models(settings, device) * whole > FITS * devices.bytes:
+    if count_models(settings, device) * empty.bytes > FITS * devices.bytes:
         return measure(stream)
     workers = count_beside(settings)
     fit = course.polish_tokens > 0 or held.count_needed(workers)[0] <= HELD * devices.bytes  # a polish needs it held
@@ -205,7 +208,7 @@ def _list_phases(
     model, layers, workers = empty.model, empty.layers, count_beside(settings)
     config, head = model.config.get_text_config(), model.get_output_embeddings().weight
     item, tokens, cpu = head.itemsize, empty.lead + settings.window, device == "cpu"
-    whole, prunable = sum(p.nbytes for p in model.parameters()), sum(layer.weight_OI.nbytes for layer in layers)
+    whole, prunable = empty.bytes, sum(layer.weight_OI.nbytes for layer in layers)
     widest, largest = max(x.weight_OI.shape[1] for x in layers), max(x.weight_OI.numel() for x in layers)
     experts = len({layer.name for layer in layers if layer.pool and layer.block == layers[-1].block})
     routed = getattr(config, "num_experts_per_tok", 1) / (getattr(config, "num_experts", 0) or experts or 1)
@@ -260,6 +263,9 @@ def _list_phases(
         del found["profile, statistics"]
         found["curves and cut"] = (backward + 8 * 3 * widest**2 + moment, kept + 2 * walked, 0.0)
         found["build the smaller model"] = (course.cut.size * whole if streamed is None else 0.0, kept, 0.0)
+    if list_written(settings):  # as many keys and values as attention can have; logits of the next token, three times
+        documents = 2 * len(find_blocks(model)) * settings.window * head.shape[1] * item + 3 * head.shape[0] * 4
+        found["write texts"] = (forward + BATCH * documents, 0.0, 0.0)
     if course.polish_tokens:
         survivors = empty.weights - math.floor(course.polished_at * empty.weights)
         own = survivors * (count_state_bytes(item, "fp32") + 4 * 2) + empty.weights
@@ -273,5 +279,5 @@ def _list_phases(
         return [phase(name, *sizes) for name, sizes in found.items()], []
     # the process that workers work for holds the model, what they answer, and what they are given in shared memory
     given = 3 * block * item + 2 * sums * moment + state(3 * validation)
-    main = [phase(name, words if "prompts" in name else 0.0, given, sizes[2]) for name, sizes in found.items()]
-    return main, [phase(name, *sizes) for name, sizes in found.items() if "prompts" not in name]
+    main = [phase(name, sizes[0] if name in ALONE else 0.0, given, sizes[2]) for name, sizes in found.items()]
+    return main, [phase(name, *sizes) for name, sizes in found.items() if name not in ALONE]

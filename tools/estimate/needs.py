@@ -35,6 +35,7 @@ from tools.statistics.shards import count_waiting
 from tools.statistics.table import list_shapes
 from tools.surgery.parts import find_parts
 from tools.surgery.share import find_target
+from tools.texts.written import BATCH, list_written
 
 WORDS = 2**15
 """Rows of the output head that are really there while one block is timed, at most."""
@@ -161,7 +162,6 @@ def _plan_disk(
 ) -> tuple[DiskPlan, list[Line]]:
     """(what the run writes, second moments as there is room for; what a polish and a conversion write beside it)."""
     polish = count_polish_disk(empty.model, empty.layers, settings, empty.lead, course)
-    whole = sum(parameter.nbytes for parameter in empty.model.parameters())
     beside = [Line(what="a polish under way", how="", bytes=polish)] if polish else []
     streams = place.streamed is not None
     plan = plan_disk(
@@ -172,7 +172,7 @@ def _plan_disk(
         checkpoints=course.checkpoints,
         sizes=sizes,
     )
-    return plan, [*beside, *(list_conversion(settings, whole) if streams else [])]
+    return plan, [*beside, *(list_conversion(settings, empty.bytes) if streams else [])]
 
 
 def _count_free_disk(directory: Path) -> int:
@@ -200,6 +200,8 @@ class _Seconds(NamedTuple):
     head: float
     word: float
     """A forward of one token."""
+    words: float
+    """A token of each of as many documents as are written at once, with the output head."""
 
 
 def _tell_time(empty: Empty, settings: TeamSettings, course: Course, place: Place) -> str:
@@ -236,6 +238,8 @@ def _tell_time(empty: Empty, settings: TeamSettings, course: Course, place: Plac
     end = course.tests * settings.count_all("test") * (at.forward + at.head)
     end += 2 * count_continued(streamed=place.streamed is not None) * len(PROMPTS) ** 0.5 * at.word
     parts = {"profile": profile / workers, "rounds": rounds / workers, "end": end}
+    if written := list_written(settings):  # of each text as many documents at once as one batch has, word by word
+        parts = {"texts": sum(-(-n // BATCH) for n in written.values()) * settings.window * at.words, **parts}
     told = ", ".join(f"{name} {show_seconds(seconds)}" for name, seconds in parts.items())
     disk = ", beside what the disk takes" if place.streamed else ""
     return f"time: about {show_seconds(sum(parts.values()))} ({told}), as one block takes here{disk}"
@@ -287,6 +291,8 @@ def _time_block(model: Any, count: int, tokens: int, device: torch.device) -> _S
     with torch.no_grad():
         forward = _time(device, lambda: compute_hidden(sample, ids_BT))
         word = _time(device, lambda: compute_hidden(sample, ids_BT[:, :1]))
+        documents = _time(device, lambda: compute_hidden(sample, ids_BT[:, :1].expand(BATCH, 1)))
+        drawn = _time(device, lambda: head(hidden_BTD[:, :1].expand(BATCH, -1, -1)))
         logits = _time(device, lambda: head(hidden_BTD[:, :CHUNK]).float().log_softmax(-1))
     both, chunks = _time(device, back), tokens / min(tokens, CHUNK)
     return _Seconds(
@@ -295,6 +301,7 @@ def _time_block(model: Any, count: int, tokens: int, device: torch.device) -> _S
         count * _time(device, sum_up),
         words * chunks * logits,
         count * word,
+        count * documents + words * drawn,
     )
 
 

@@ -1,6 +1,5 @@
 """What of a decoder can be cut: the groups of attention heads and the neurons of its blocks; and what of it stays."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple
 
@@ -86,17 +85,8 @@ def convert_size(model: Any, size: float) -> tuple[float, float]:
 
 def find_parts(model: Any, kind: Kind) -> list[Part]:
     """The heads or the neurons of every block. Raises UserError, in one line, when they cannot be cut."""
-    grouped = check_alike(model)
-    return [_find(kind)(model, block, layers) for block, layers in zip(find_blocks(model), grouped, strict=True)]
-
-
-def find_part(model: Any, kind: Kind, layers: list[Layer]) -> Part:
-    """Those of one block, which has these layers. Raises UserError, in one line, when they cannot be cut."""
-    return _find(kind)(model, find_blocks(model)[layers[0].block], layers)
-
-
-def _find(kind: Kind) -> Callable[[Any, nn.Module, list[Layer]], Part]:
-    return _find_heads if kind == "heads" else _find_neurons
+    find = _find_heads if kind == "heads" else _find_neurons
+    return [find(model, block, layers) for block, layers in zip(find_blocks(model), check_alike(model), strict=True)]
 
 
 def check_alike(model: Any) -> list[list[Layer]]:

@@ -10,7 +10,6 @@ from tools.base.words import (
     shorten,
     show,
     show_compact,
-    show_flops,
     show_percent,
     show_rounded,
     show_score,
@@ -38,7 +37,6 @@ from tools.base.words import (
         *((show_percent(0.45), "45.00%"), (show_percent(0.123, 1), "12.3%"), (show_percent(None), "not finite")),
         *((show_size(2.1e9, "GB"), "2.1 GB"), (show_size(1_500_000_000, "GB", 2), "1.50 GB")),
         *((show_size(1.5e6), "1.5 MB"), (show_size(2300), "2.3 kB"), (show_size(999), "999 bytes")),
-        *((show_flops(2.5e12), "2.5 TFLOP"), (show_flops(12), "12 FLOP")),
         *((show_seconds(3.14), "3.1 s"), (show_seconds(301.2), "5 min 1 s"), (show_seconds(59.6), "1 min 0 s")),
         *(
             (show_seconds(7322), "2 h 2 min"),
