@@ -14,7 +14,6 @@ from tools.base.names import RUN_NAME
 from tools.base.options import describe_problem
 from tools.base.settings import KEPT
 from tools.instruments.probed import PastProbe
-from tools.plans.budget import same_sparsity
 from tools.plans.cuts import Cutting
 from tools.plans.groups import Group
 from tools.plans.recipe import Adjustment, Recipe
@@ -41,10 +40,7 @@ class Trial(BaseModel):
     better: float | None = Field(
         None,
         description="Probability that its KL is below the last accepted trial's, by a paired t-test over "
-        "compared_windows; null where the verdict does not go by it.",
-    )
-    compared_windows: int = Field(
-        0, description="Windows of validation text, further ones among them, that better is over; else 0."
+        "the windows; null where the verdict does not go by it.",
     )
     texts: list[TextFigures] = Field(
         [],
@@ -68,9 +64,7 @@ class Trial(BaseModel):
     reason: str = ""
     plan: str = Field("", description="The plan in one line.")
     hypothesis: str = Field("", exclude_if=operator.not_, description="What the planner expected of it, if it said so.")
-    order: str = Field(
-        "", description="Id of the plan's work order; empty for the dense model, and in runs of an earlier version."
-    )
+    order: str = Field("", description="Id of the plan's work order; empty for the dense model.")
     asked: str = Field("", description="Hash of what the plan asked for, whatever lessons made of it.")
     recipe: Recipe | None = Field(None, description="The plan's recipe; null for the dense model.")
     groups: list[Group] = Field([], exclude_if=operator.not_, description="Layers that had another.")
@@ -82,13 +76,6 @@ class Trial(BaseModel):
         None, exclude_if=lambda cut: cut is None, description="How it was to be shared out, where whole parts went."
     )
     seconds: float = 0.0
-
-    @model_validator(mode="after")
-    def _translate_former(self) -> Self:
-        """The line of an earlier version, in which a recipe without a mark had dense statistics, as it is now."""
-        if self.recipe is not None and f" {self.recipe.label}" not in self.plan:
-            self.plan = self.plan.replace(f" {self.recipe.exact}", f" {self.recipe.label}", 1)
-        return self
 
     @property
     def measured(self) -> bool:
@@ -130,7 +117,6 @@ class State(Input):
     """The whole state of a run between two nodes."""
 
     came_from: str = Field("", description="The checkpoint that the last node worked from; it tells a fork.")
-    log: str = Field("", description="Seal of what the last node wrote last into the run's log, which must be there.")
     config: RunConfig = Field(default_factory=RunConfig)
     profile: str = Field("", description="Hash of the profile artifact.")
     parts: str = Field("", description="Artifact of what is known of the model's parts, where some are to go.")
@@ -187,21 +173,6 @@ class State(Input):
         return list(dict.fromkeys([self.accepted, *recent]))[:KEPT]
 
     @property
-    def weighs(self) -> bool:
-        """Whether the next trial at the target is compared with the accepted one on further windows, too."""
-        best = last_accepted(self.trials)
-        reached = best is not None and same_sparsity(best.sparsity, self.config.target_sparsity)
-        return reached and self.config.further_windows > 0
-
-    @property
     def trial_tokens(self) -> int:
         """Tokens that one trial puts through the model, at most."""
-        once = self.dense.tokens if self.dense and self.dense.tokens else self.config.validation_tokens
-        return once + (self.count_further_tokens(self.config.count_all("further")) if self.weighs else 0)
-
-    def count_further_tokens(self, windows: int) -> int:
-        """Tokens of a trial's comparison on so many further windows, of all texts together: its own, and the accepted
-        one's that are new."""
-        first = max(i for i, trial in enumerate(self.trials) if trial.verdict == "accept")
-        known = max(trial.compared_windows for trial in self.trials[first:]) - self.config.count_all("validation")
-        return (windows + max(windows - max(known, 0), 0)) * self.config.window
+        return self.dense.tokens if self.dense and self.dense.tokens else self.config.validation_tokens

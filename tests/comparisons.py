@@ -9,9 +9,10 @@ from rich.console import Console
 from tests.tiny import tiny_settings
 from tools.experiments.comparison import CompareSettings, compare
 from tools.results.comparison import Comparison, Row
-from tools.results.schema import describe_protocol
+from tools.results.schema import Reach, describe_protocol
 
 EVOLUTION_TOKENS = 10_000
+REACH = Reach(of_blocks=1.0, of_model=0.8, prunable=8000)
 
 
 def make_settings(model: Path | str, out: Path, **changes: Any) -> CompareSettings:
@@ -34,7 +35,9 @@ def make_row(recipe: str = "wanda:uniform", sparsity: float = 0.5, **changes: An
 
 def make_comparison(settings: CompareSettings, *rows: Row) -> Comparison:
     given = settings.model_dump(exclude={"recipes", "sparsity", "out"})
-    return Comparison(settings=given, profile="none", profile_seconds=2.0, dense_perplexity=10.0, rows=list(rows))
+    return Comparison(
+        settings=given, profile="none", profile_seconds=2.0, dense_perplexity=10.0, reach=REACH, rows=list(rows)
+    )
 
 
 def run_comparison(settings: CompareSettings) -> tuple[Comparison, list[str]]:

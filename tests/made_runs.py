@@ -14,9 +14,10 @@ from graph.runs.directory import write_config
 from graph.state import Trial
 from tests.profiles import make_profile
 from tools.base.files import write_json
+from tools.base.made import FORMAT
 from tools.base.rundir import append_event
 from tools.plans.layer_profile import LayerProfile
-from tools.results.schema import CutResult, Perplexities, Protocol, Summary
+from tools.results.schema import CutResult, Perplexities, Protocol, Reach, Summary
 from tools.workbench.store import ArtifactStore
 
 KINDS = ("self_attn.q_proj", "mlp.up_proj")
@@ -41,7 +42,10 @@ def make_layers(blocks: int = 2, kinds: Sequence[str] = KINDS) -> list[LayerProf
 def begin_run(directory: Path, layers: Sequence[LayerProfile] = (), perplexity: float = 20.0, **config: Any) -> Path:
     """A run that has profiled its model; without layers not even that. The directory."""
     directory.mkdir(parents=True)
-    write_config(directory, RunConfig.model_validate({"model": "tiny", "target_sparsity": 0.45, **config}))
+    begun = RunConfig.model_validate({"model": "tiny", "target_sparsity": 0.45, **config})
+    write_config(directory, begun)
+    said = begun.model_dump(mode="json", exclude={"target_sparsity"} if begun.takes_parts else set())
+    write_json(directory / "run.json", {"format": FORMAT, "config": said})
     append_event(directory, {"type": "start", "run": directory.name, "resumed": False})
     tell_node(directory, "profile", 0)
     if layers:
@@ -84,7 +88,7 @@ def add_round(
     append_event(
         directory,
         {
-            **{"type": "plan", "iteration": iteration, "planner": "openai:m", "plan": describe_plan(plan)},
+            **{"type": "plan", "iteration": iteration, "planner": "openai:m", "plan": describe_plan(plan), "order": ""},
             **{"reason": plan.reason, "predicted_kl": predicted_kl, "details": plan.model_dump()},
         },
     )
@@ -122,6 +126,7 @@ def end_run(directory: Path, **changes: Any) -> Summary:
         {
             **{"run": directory.name, "model": "tiny", "status": "finished", "target_sparsity": 0.45},
             **{"achieved_sparsity": 0.45, "kl": 0.1, "plan": "45.0% refit:kappa", "iterations": 2, "rollbacks": 1},
+            **{"reach": Reach(of_blocks=1.0, of_model=0.8, prunable=8000), "kept": 1},
             "perplexity": Perplexities(dense=20.0, pruned=22.0, uniform_wanda=25.0),
             "wanda_statistics": "sequential",
             **{"seconds": 301.2, "peak_memory_bytes": 1_500_000_000, "mask_sha256": "ab" * 32, "protocol": PROTOCOL},

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from graph.config import RunConfig
-from graph.planning.orders import Orders, describe_plan, hash_request, measure_with, read_curves
+from graph.planning.orders import Curves, Orders, describe_plan, hash_request, measure_with, read_curves
 from graph.planning.plan import Plan
 from graph.planning.refinements import STRONG
 from graph.planning.situation import Situation
@@ -36,12 +36,13 @@ def make_layers(scale: float = 1.0) -> list[LayerProfile]:
 
 
 def make_trial(iteration: int, verdict: str, sparsity: float, recipe: Recipe, perplexity: float = 11.0) -> Trial:
-    """A trial of a plan without adjustments, as runs recorded it that knew no work orders."""
+    """A trial of a plan without adjustments; `make_situation` names its order."""
+    plan = Plan(sparsity=max(sparsity, 0.001), recipe=recipe)
     return Trial.model_validate(
         {
             **{"iteration": iteration, "checkpoint": str(iteration), "sparsity": sparsity, "perplexity": perplexity},
             **{"kl": 0.1, "kl_error": 0.01, "predicted_kl": 0.05, "verdict": verdict, "recipe": recipe},
-            "plan": describe_plan(Plan(sparsity=max(sparsity, 0.001), recipe=recipe)),
+            **{"plan": describe_plan(plan), "asked": hash_request(plan)},
         }
     )
 
@@ -51,6 +52,8 @@ def make_situation(*trials: Trial, scale: float = 1.0, lessons: tuple[Lesson, ..
     layers = make_layers(scale)
     accepted = next((t for t in reversed(trials) if t.verdict == "accept"), None)
     plan = Plan(sparsity=accepted.sparsity, recipe=accepted.recipe or STRONG) if accepted else None
+    orders = Orders(RunConfig(), (), layers, lambda _: Curves(layers, exact=True))
+    trials = tuple(name_order(orders, trial) for trial in trials)
     return Situation(
         config=RunConfig(),
         layers=layers,
@@ -64,10 +67,19 @@ def make_situation(*trials: Trial, scale: float = 1.0, lessons: tuple[Lesson, ..
     )
 
 
+def name_order(orders: Orders, trial: Trial) -> Trial:
+    """The trial with the id of its plan's order, where it has none yet."""
+    if trial.order or trial.recipe is None or not trial.sparsity:
+        return trial
+    return trial.model_copy(update={"order": orders.identify(Plan(sparsity=trial.sparsity, recipe=trial.recipe))})
+
+
 def make_patterned(*trials: Trial) -> Situation:
     """The situation of a run with a pattern."""
     layers = [layer.model_copy(update={"inputs": 20}) for layer in make_layers()]
-    return replace(make_situation(*trials), config=RunConfig(pattern="2:4"), layers=layers)
+    config = RunConfig(pattern="2:4")
+    orders = Orders(config, (), layers, lambda _: Curves(layers, exact=True))
+    return replace(make_situation(*(name_order(orders, t) for t in trials)), config=config, layers=layers)
 
 
 def try_plan(situation: Situation, plan: Plan, verdict: str) -> Trial:

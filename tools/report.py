@@ -11,7 +11,7 @@ from tools.base.console import UNWRITTEN, carry_out
 from tools.base.errors import UserError
 from tools.base.files import explain_unwritable, write_text
 from tools.base.options import Parser
-from tools.base.rundir import is_torn, list_places, runs_directory
+from tools.base.rundir import list_places, runs_directory
 from tools.results.page.page import write_page
 
 
@@ -29,11 +29,6 @@ def _obey(arguments: list[str]) -> None:
     runs = [find_run(name) for name in options.runs]
     if len(runs) > 1 and options.out is None:
         raise UserError("several runs need --out FILE for their page")
-    for run in filter(is_torn, runs):
-        raise UserError(
-            f"{run / 'events.jsonl'} is cut short: what was written last is missing; where that was a crash, "
-            f"--resume {run.name} goes on, else put the file back as it was"
-        )
     path = options.out or runs[0] / "report.html"
     page = write_page(runs)
     with explain_unwritable(path):

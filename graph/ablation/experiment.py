@@ -21,7 +21,7 @@ from graph.checks import check_budget
 from tools.base.console import print_line, show_bars
 from tools.base.errors import BrokenPlan, UserError
 from tools.base.progress import Warn
-from tools.base.rows import follow_kept, lock_out, read_kept, refuse_other_settings
+from tools.base.rows import lock_out, read_kept, refuse_other_settings
 from tools.base.rundir import unlock_run
 from tools.base.settings import TEAM
 from tools.models.load import check_device, load_tokenizer, locate_model
@@ -227,7 +227,6 @@ def _read_ablation(
 ) -> tuple[Ablation, AblateSettings]:
     """(what is in `--out`, or an empty one; the settings to go on with). Raises UserError for other settings."""
     known = read_kept(directory / "ablate.json", Ablation)
-    settings = settings if known is None else follow_kept(settings, known.settings)
     wanted = settings.model_dump(exclude={"arms", "seeds", "out", "seed", *TEAM})
     wanted |= {"graph": list(graph_flags), "counting": COUNTING}
     if known is None:

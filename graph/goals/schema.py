@@ -162,7 +162,7 @@ def check_prompts(texts: Sequence[NewText], probes: Sequence[str] = ()) -> None:
 
 def count_new_text(config: RunConfig) -> int:
     """Tokens of a text that the model writes for a goal: all its windows."""
-    kinds = (config.calibration_windows, config.validation_windows, 2 * config.further_windows, config.test_windows)
+    kinds = (config.calibration_windows, config.validation_windows, config.test_windows)
     return config.window * sum(kinds)
 
 

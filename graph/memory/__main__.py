@@ -119,7 +119,7 @@ def _take(items: list[SearchItem], room: str) -> list[SearchItem]:
 def _describe_lesson(lesson: Lesson) -> str:
     seen = f"{count(lesson.count, 'observation')}, confidence {lesson.confidence:.2f}"
     ground = f" {clean(lesson.ground, 300)}" if lesson.ground else ""
-    figures = f"{clean(lesson.selector)} ×{lesson.factor:.2f} with {clean(lesson.recipe_label) or 'any recipe'}{ground}"
+    figures = f"{clean(lesson.selector)} ×{lesson.factor:.2f} with {clean(lesson.recipe) or 'any recipe'}{ground}"
     return f"{figures} ({seen}): {clean(lesson.text, 400)}"
 
 

@@ -1,4 +1,4 @@
-"""Items of the store: what runs left of a model, sealed, in a room for each kind of thing.
+"""Items of the store: what runs left of a model, in a room for each kind of thing.
 
 Each lies under the run, the iteration and its number there: written again after a crash it lands in the same place, and
 two runs never rewrite each other's.
@@ -12,7 +12,6 @@ from typing import Any
 from langgraph.store.base import BaseStore, SearchItem
 
 from tools.base.errors import UserError, in_one_line
-from tools.base.seals import is_whole, seal_value
 
 LESSONS = "lessons"
 EXPERIENCE = "experience"
@@ -47,8 +46,8 @@ def is_relative(model: str, other: str) -> bool:
 
 
 def keep_item(store: BaseStore, room: str, model: str, key: str, value: dict[str, Any]) -> None:
-    """Write an item, which has its run and iteration, with a seal."""
-    store.put(namespace(model, room), key, seal_value(value | {"model": model}, key))
+    """Write an item, which has its run and iteration."""
+    store.put(namespace(model, room), key, value | {"model": model})
 
 
 def keep_latest(store: BaseStore, room: str, model: str, key: str, value: dict[str, Any], most: int) -> None:
@@ -65,15 +64,14 @@ def order_item(item: SearchItem) -> tuple[object, ...]:
 def find_items(store: BaseStore, room: str, model: str) -> list[SearchItem]:
     """Every item of a room about a model, oldest first. Raises UserError where one is damaged."""
     found = _search(store, namespace(model, room))
-    return sorted((item for item in found if item.value.get("model", model) == model), key=order_item)
+    return sorted((item for item in found if item.value["model"] == model), key=order_item)
 
 
 def find_models(store: BaseStore, *rooms: str) -> dict[str, list[SearchItem]]:
     """Every item of these rooms, oldest first, by model in the order of names. Raises UserError as `find_items`."""
     models: dict[str, list[SearchItem]] = defaultdict(list)
     for item in sorted((item for room in rooms for item in _search(store, (room,))), key=order_item):
-        # Items of earlier versions have no model.
-        models[str(item.value.get("model") or item.namespace[-1])].append(item)
+        models[item.value["model"]].append(item)
     return dict(sorted(models.items()))
 
 
@@ -92,10 +90,10 @@ def _search(store: BaseStore, place: tuple[str, ...]) -> list[SearchItem]:
     """Every item in a place. Raises UserError where one is not what was written."""
     try:
         items = store.search(place, limit=ALL)
-        if all(isinstance(item.value, dict) and is_whole(item.value, item.key) for item in items):
+        if all({"model", "run", "iteration"} <= item.value.keys() for item in items):
             return items
-        problem = "an observation does not match its seal"
-    except (ValueError, TypeError, LookupError) as error:  # the store reads JSON, and times
+        problem = "an item is not of this version"
+    except (ValueError, TypeError, LookupError, AttributeError) as error:  # the store reads JSON, and times
         problem = in_one_line(error, 100)
     raise UserError(
         f"the agents' memory is damaged ({problem}); runs begin, and go on, without it with --no-memory; or put the "

@@ -25,7 +25,7 @@ from graph.memory.items import (
 )
 from graph.reflecting.posterior import merge_lessons, name_subject, weigh_evidence
 from graph.reflecting.schema import Lesson
-from tools.base.settings import FORMER, TEAM, TaskSettings
+from tools.base.settings import TEAM, TaskSettings
 from tools.texts.written import is_written
 
 LIMIT = 30
@@ -57,22 +57,6 @@ IDLE = (
 """Fields of the config that change no trial: where and how long the work is done, and how many rounds there are."""
 
 
-LATER = (
-    "text_cut",
-    "text_spread",
-    "planner_unaided",
-    "further_windows",
-    "polish_tokens",
-    "text",
-    "text_weights",
-    "text_bounds",
-    "goal",
-    "goal_tokens",
-)
-"""Fields that earlier versions had not: left out of hashes where they say what those did, which is `FORMER`, or else
-the default."""
-
-
 def fingerprint(config: RunConfig) -> str:
     """A hash of all that determines what a run's trials come to: runs that share it are repeats of one another.
 
@@ -85,15 +69,8 @@ def fingerprint(config: RunConfig) -> str:
     return _hash(config, *IDLE)
 
 
-def _list_fingerprints(config: RunConfig) -> tuple[str, str]:
-    """The fingerprint, and that of earlier versions: a hash of the whole config, without fields that it had not."""
-    later = ("agent_answer_tokens",) if config.bos == "never" else ("agent_answer_tokens", "bos")
-    return fingerprint(config), _hash(config, *later)
-
-
 def _hash(config: RunConfig, *left_out: str) -> str:
-    fresh = {name for name in LATER if getattr(config, name) == FORMER.get(name, RunConfig.model_fields[name].default)}
-    values = config.model_dump(exclude={*left_out, *fresh})
+    values = config.model_dump(exclude=set(left_out))
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -121,7 +98,7 @@ def read_lessons(store: BaseStore, config: RunConfig, run: str) -> tuple[list[Le
     def rank(group: tuple[Lesson, list[SearchItem]]) -> tuple[bool, float]:
         return not group[0].knows(config.calibration_text, config.pattern), -weigh_evidence(group[0])
 
-    groups = sorted(group_items(items, *_list_fingerprints(config)), key=rank)[:LIMIT]
+    groups = sorted(group_items(items, fingerprint(config)), key=rank)[:LIMIT]
     groups.sort(key=lambda group: order_item(group[1][-1]))
     return [lesson for lesson, _ in groups], len(runs_of(item for _, seen in groups for item in seen))
 
@@ -138,9 +115,9 @@ def search_lessons(store: BaseStore, config: RunConfig, query: str) -> list[Less
     for model, items in find_models(store, LESSONS).items():
         if not is_relative(model, config.model):
             continue
-        for lesson, _ in group_items(items, *_list_fingerprints(config)):
+        for lesson, _ in group_items(items, fingerprint(config)):
             lesson = lesson if model == config.model else lesson.model_copy(update={"model": model})
-            shared = len(wanted & _words(f"{lesson.selector} {lesson.recipe_label} {lesson.text} {lesson.model}"))
+            shared = len(wanted & _words(f"{lesson.selector} {lesson.recipe} {lesson.text} {lesson.model}"))
             if shared or not wanted:
                 found.append((-shared, -weigh_evidence(lesson), lesson))
     return [lesson for *_, lesson in sorted(found, key=lambda x: x[:2])[:FOUND]]
@@ -153,21 +130,19 @@ def _words(text: str) -> set[str]:
 # Items as lessons
 
 
-def group_items(items: Iterable[SearchItem], *mine: str) -> list[tuple[Lesson, list[SearchItem]]]:
+def group_items(items: Iterable[SearchItem], mine: str = "") -> list[tuple[Lesson, list[SearchItem]]]:
     """The lessons that items make, each with its items; lessons that were contradicted too often are left out.
 
-    `mine` are the fingerprints of the config whose own lessons are marked.
+    `mine` is the fingerprint of the config whose own lessons are marked.
     """
-    return [(lesson, seen) for lesson, seen in _merge_items(items, *mine) if lesson]
+    return [(lesson, seen) for lesson, seen in _merge_items(items, mine) if lesson]
 
 
-def _merge_items(items: Iterable[SearchItem], *mine: str) -> list[tuple[Lesson | None, list[SearchItem]]]:
+def _merge_items(items: Iterable[SearchItem], mine: str = "") -> list[tuple[Lesson | None, list[SearchItem]]]:
     """Items about the same, and the lesson that they make; None where it was contradicted too often."""
     groups: dict[tuple[object, ...], list[tuple[Lesson, SearchItem]]] = defaultdict(list)
     for item in items:
-        if item.value["factor"] <= 0:  # earlier versions rounded small ones to zero, which has no log
-            continue
-        lesson = Lesson.model_validate(item.value | {"model": "", "same_config": item.value["config"] in mine})
+        lesson = Lesson.model_validate(item.value | {"model": "", "same_config": item.value["config"] == mine})
         groups[name_subject(lesson)].append((lesson, item))
     return [
         (next(iter(merge_lessons(lesson for lesson, _ in group)), None), [item for _, item in group])

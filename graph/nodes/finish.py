@@ -8,16 +8,13 @@ from langgraph.runtime import Runtime
 
 from graph.config import RunConfig
 from graph.goals.worth import weigh_otherwise
-from graph.planning.finalists import compare_finalists
 from graph.planning.orders import UNIFORM_WANDA, order_uniform
 from graph.planning.verdict import accepted_trial
-from graph.runs.session import Session, enter, open_bench, tell_layers
+from graph.runs.session import Session, enter, open_bench
 from graph.state import State
 from tools.base.errors import BrokenPlan, UserError, in_one_line
-from tools.base.files import write_text
-from tools.base.made import hash_files, read_made
-from tools.base.rundir import read_last_seal
-from tools.base.seals import write_sealed
+from tools.base.files import write_json, write_text
+from tools.base.made import hash_files
 from tools.experiments.tasks import measure_checkpoints
 from tools.measure.recall import Recall, compare_recall
 from tools.models.save import export_model
@@ -40,7 +37,6 @@ from tools.results.schema import (
     TextResult,
     describe_protocol,
 )
-from tools.results.sentences import describe_finalists
 from tools.results.tables import write_report
 
 if TYPE_CHECKING:
@@ -53,16 +49,7 @@ def finish(state: State, runtime: Runtime[RunConfig]) -> dict[str, Any]:
     state = state.model_copy(update={"current": state.accepted})
     session = enter("finish", state, runtime)
     with open_bench(state, session) as bench:
-        best, finalists = compare_finalists(bench, state, session.progress)
-        best = best or accepted_trial(state)
-        tokens = state.evaluated_tokens + sum(f.windows for f in finalists) * config.window
-        if finalists:
-            session.emit("note", text=describe_finalists(finalists, best.iteration))
-            plan = state.accepted_plan if best.checkpoint == state.accepted else None
-            kept = {"current": best.checkpoint, "accepted": best.checkpoint, "accepted_plan": plan}
-            state = state.model_copy(update=kept)
-            bench.restore(state.accepted)
-            tell_layers(session, bench, state.accepted)
+        best, tokens = accepted_trial(state), state.evaluated_tokens
         layers = bench.read_profile(state.profile).layers
         zeros, weights = bench.count_zeros()
         if state.parts:  # single zeros are no part that is gone
@@ -114,7 +101,6 @@ def finish(state: State, runtime: Runtime[RunConfig]) -> dict[str, Any]:
             samples=[Sample(prompt=p, dense=words, pruned=pruned_words[p]) for p, words in dense_words.items()],
             plan=best.plan,
             kept=best.iteration,
-            finalists=finalists,
             knowledge=knowledge,
             polished=bench.read_polished(state.accepted),
             cut=cut,
@@ -230,9 +216,8 @@ def prune_uniformly(
 
 
 def write_result(directory: Path, summary: Summary) -> None:
-    """Write `summary.json`: beside the summary stand the hashes of the model's files and where the log had come to."""
-    vouched = {"files": hash_files(directory / "model"), "log": read_last_seal(directory)}
-    write_sealed(directory / "summary.json", summary.model_dump() | vouched, read_made(directory).mark)
+    """Write `summary.json`: beside the summary stand the hashes of the model's files."""
+    write_json(directory / "summary.json", summary.model_dump() | {"files": hash_files(directory / "model")})
 
 
 def measure_knowledge(bench: "Workbench", state: State, session: Session, uniform: str) -> Knowledge:

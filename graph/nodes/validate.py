@@ -9,7 +9,7 @@ from graph.planning.bounds import Verdict, heed_bounds, heed_facts
 from graph.planning.kept_orders import find_kept, resolve_again
 from graph.planning.orders import hash_request
 from graph.planning.unmeasured import record_breakage
-from graph.planning.verdict import accepted_trial, is_settled, judge
+from graph.planning.verdict import accepted_trial, judge
 from graph.runs.session import Session, enter, open_bench
 from graph.state import State, Trial
 from tools.base.errors import BrokenPlan, ImpossiblePlan
@@ -18,7 +18,7 @@ from tools.measure.recall import Retention, compare_recall
 from tools.measure.texts import list_texts
 from tools.plans.budget import same_sparsity
 from tools.plans.work_order import WorkOrder
-from tools.results.losses import Evaluation, compare_kl, find_likelihood_better, join_windows
+from tools.results.losses import Evaluation, compare_kl, find_likelihood_better
 
 if TYPE_CHECKING:
     from tools.workbench.bench import Workbench
@@ -78,14 +78,10 @@ def measure_trial(bench: "Workbench", state: State, order: WorkOrder, session: S
         else bench.read_profile(state.profile).dense
     )
     retention, asked = ask_questions(bench, state, session)
-    kept, noise = accepted, compare_kl(evaluation, accepted)[1] if evaluation.finite else None
-    compared, tokens = evaluation, state.config.validation_tokens + asked
+    noise = compare_kl(evaluation, accepted)[1] if evaluation.finite else None
     rivals = same_sparsity(sparsity, best.sparsity)
-    if state.weighs and rivals and evaluation.finite:
-        compared, accepted = weigh(bench, state, evaluation, accepted, session)
-        tokens += state.count_further_tokens(len(compared.kl) - len(evaluation.kl))
-    verdict, reason = judge(state.config, sparsity, compared, best, accepted)
-    texts, dense = list_texts(evaluation, kept), state.dense.texts if state.dense else []
+    verdict, reason = judge(state.config, sparsity, evaluation, best, accepted)
+    texts, dense = list_texts(evaluation, accepted), state.dense.texts if state.dense else []
     verdict, reason = heed_bounds(state.config.text_bounds, texts, dense, verdict, reason)
     verdict, reason = heed_facts(state.config.min_fact_retention, retention, verdict, reason)
     trial = Trial(
@@ -96,13 +92,12 @@ def measure_trial(bench: "Workbench", state: State, order: WorkOrder, session: S
         kl=evaluation.mean_kl,
         kl_error=evaluation.kl_error if evaluation.finite else None,
         change_error=noise,
-        better=find_likelihood_better(compared, accepted) if rivals and compared.finite else None,
-        compared_windows=len(compared.kl) if rivals else 0,
+        better=find_likelihood_better(evaluation, accepted) if rivals and evaluation.finite else None,
         texts=texts,
         predicted_kl=order.predicted_kl,
         fact_retention=retention.share if retention else None,
         fact_error=retention.error if retention else None,
-        tokens=tokens,
+        tokens=state.config.validation_tokens + asked,
         verdict=verdict,
         reason=reason,
         plan=order.line,
@@ -117,24 +112,6 @@ def measure_trial(bench: "Workbench", state: State, order: WorkOrder, session: S
         seconds=round(session.elapsed, 3),
     )
     return trial, evaluation
-
-
-def weigh(
-    bench: "Workbench", state: State, trial: Evaluation, accepted: Evaluation, session: Session
-) -> tuple[Evaluation, Evaluation]:
-    """The losses of the trial and of the accepted weights on as many further windows as it takes to tell them apart.
-
-    As many at once as the validation text has; all that there are where it stays open.
-    """
-    config, first = state.config, 0
-    while first < config.further_windows and trial.finite and not is_settled(trial, accepted):
-        windows = range(first, min(first + config.validation_windows, config.further_windows))
-        ours, theirs = (bench.evaluate_further(x, windows, session.progress) for x in (state.current, state.accepted))
-        if not theirs.finite:
-            break
-        trial, accepted = join_windows(trial, ours), join_windows(accepted, theirs)
-        first = windows.stop
-    return trial, accepted
 
 
 def ask_questions(bench: "Workbench", state: State, session: Session) -> tuple[Retention | None, int]:

@@ -342,7 +342,7 @@ def describe_lesson(lesson: Lesson, config: RunConfig) -> str:
     idle = "" if lesson.knows(text, pattern) else f" (another {other} than this run's: in no allocation)"
     return (
         f"{model}run {quote_data(lesson.run, 40)} round {lesson.iteration}, "
-        f"{quote_data(lesson.recipe_label, 40) or 'any recipe'}{ground}{idle}: "
+        f"{quote_data(lesson.recipe, 40) or 'any recipe'}{ground}{idle}: "
         f"{cost}{quote_data(lesson.text, 200)}"
     )
 

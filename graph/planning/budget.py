@@ -6,7 +6,6 @@ from dataclasses import dataclass, field, replace
 
 from graph.config import RunConfig
 from graph.goals.schema import follow_new_texts
-from graph.planning.finalists import reserve_tokens
 from graph.planning.new_texts import count_new_tokens, fit_to_new_texts, list_unwritten
 from graph.planning.plan import Plan
 from graph.planning.recipes import list_recipes
@@ -24,8 +23,6 @@ class TokenBudget:
     tokens: int
     trial: int
     """Tokens that a trial takes to be measured."""
-    reserve: int = 0
-    """Tokens that are kept for the comparison at the end."""
     counted: list[str] = field(default_factory=list)
     """Names of the costs (`tools.plans.costs`) that are in `tokens`; none is counted twice."""
     probed: list[Probed] = field(default_factory=list)
@@ -35,7 +32,7 @@ class TokenBudget:
     def left(self) -> float:
         """Tokens that are left for rounds; inf without a cap."""
         limit = self.config.max_evaluated_tokens
-        return limit - self.tokens - self.reserve if limit else math.inf
+        return limit - self.tokens if limit else math.inf
 
     @property
     def trials_left(self) -> float:
@@ -124,14 +121,7 @@ class TokenBudget:
 
 def open_budget(state: State) -> TokenBudget:
     """The budget as the state has it."""
-    reserve = reserve_tokens(state) - state.trial_tokens
-    return TokenBudget(
-        state.config,
-        state.evaluated_tokens,
-        state.trial_tokens,
-        reserve,
-        list(state.counted),
-    )
+    return TokenBudget(state.config, state.evaluated_tokens, state.trial_tokens, list(state.counted))
 
 
 def charge(state: State, plan: Plan, order: WorkOrder) -> dict[str, object]:

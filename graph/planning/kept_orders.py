@@ -75,7 +75,7 @@ def find_kept(bench: "Workbench", state: State) -> WorkOrder | None:
 
 
 def find_order(bench: "Workbench", state: State, progress: "Progress") -> WorkOrder:
-    """The order of the state's plan; made here where the plan was edited between nodes, or made by an earlier version.
+    """The order of the state's plan; made here where the plan was edited between nodes.
 
     The weights in the model end as the state says. Raises ImpossiblePlan.
     """

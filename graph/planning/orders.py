@@ -248,7 +248,7 @@ def measure_with(bench: "Workbench", profile: str, present: str, progress: "Prog
 def hash_request(plan: Plan) -> str:
     """SHA-256 of what a plan asks for, lessons aside: sparsity (to a tenth of a percent), recipes, factors, bounds."""
     adjustments = [[" ".join(a.selector.split()), a.action, a.factor, a.low, a.high] for a in plan.adjustments]
-    parts: list[Any] = [round(plan.sparsity, 3), plan.recipe.exact, adjustments]  # those without more are named as ever
+    parts: list[Any] = [round(plan.sparsity, 3), plan.recipe.label, adjustments]  # those without more are named as ever
     if plan.expression:
         parts.append(tidy_expression(plan.expression))
     if plan.groups:

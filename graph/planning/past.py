@@ -74,6 +74,6 @@ def _describe_probe(probe: PastProbe) -> str:
         change += f", {quote_data(name, 40)} {of_text:+.3g} +- {show_short(text_error)}"
     behind = f"; {probe.behind:+.3g} +- {show_short(probe.behind_error)} to {probe.best}" if probe.best else ""
     trial = "" if probe.trial is None else f"; its round's trial {probe.trial:+.3g} +- {show_short(probe.trial_error)}"
-    plan, number = quote_data(probe.plan, 120), f"probe {probe.number}, " if probe.number else ""
+    plan = quote_data(probe.plan, 120)
     kl = f"{show_short(probe.kl)}{error}{describe_hope(probe.kl, probe.predicted)} on {probe.tokens}"
-    return f"{number}round {probe.iteration}: {plan}: {kl}{change}{behind}{trial}"
+    return f"probe {probe.number}, round {probe.iteration}: {plan}: {kl}{change}{behind}{trial}"

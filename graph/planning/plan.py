@@ -44,7 +44,7 @@ class Plan(BaseModel):
     hypothesis: str = Field(
         "",
         max_length=MOST_HYPOTHESIS,
-        exclude_if=operator.not_,  # plans of earlier versions are written as they were
+        exclude_if=operator.not_,
         description="First of all: what you expect of this round, in figures, and what would prove you wrong.",
     )
     sparsity: float = Field(

@@ -6,7 +6,7 @@ from functools import partial
 from typing import Any
 
 from graph.config import RunConfig
-from graph.planning.orders import describe_plan, drop_lessons, group_kl, hash_request
+from graph.planning.orders import describe_plan, group_kl, hash_request
 from graph.planning.plan import Plan
 from graph.planning.situation import Situation
 from graph.state import Trial
@@ -96,15 +96,14 @@ def plan_refinements(situation: Situation, *, texts: bool = True) -> Iterator[Pl
     base = situation.accepted_plan
     assert base is not None, "a trial was accepted, so there is a plan that made it"
     base = base.model_copy(update={"sparsity": situation.config.target_sparsity, "multipliers": {}})
-    own, line = hash_request(base), describe_plan(base)
-    lines = {trial.plan for trial in situation.trials if trial.asked in (own, "")}
-    # Trials of an earlier version have no hash, but a line.
-    tried = {trial.asked or drop_lessons(trial.plan) for trial in situation.trials} - {own, line}
+    own = hash_request(base)
+    lines = {trial.plan for trial in situation.trials if trial.asked == own}
+    tried = {trial.asked for trial in situation.trials} - {own}
 
     def is_untried(change: Plan) -> bool:
         if hash_request(change) == own:
             return describe_plan(situation.orders.weigh(change)) not in lines
-        return not tried & {hash_request(change), describe_plan(change)}
+        return hash_request(change) not in tried
 
     return skip_repeats(situation, filter(is_untried, change_levers(situation, base, texts=texts)))
 

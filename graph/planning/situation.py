@@ -9,18 +9,17 @@ from graph.config import RunConfig
 from graph.planning.budget import TokenBudget
 from graph.planning.kept_orders import keep_order
 from graph.planning.new_texts import count_left
-from graph.planning.orders import Curves, Orders, describe_plan, hash_request, measure_with, read_curves
+from graph.planning.orders import Curves, Orders, hash_request, measure_with, read_curves
 from graph.planning.past import take_latest
 from graph.planning.plan import Plan
 from graph.reflecting.schema import Experience, Lesson, Note
 from graph.state import State, Trial, last_accepted
-from tools.base.errors import DamagedArtifact
 from tools.instruments.probed import PastProbe
 from tools.plans.budget import SAME_SPARSITY, same_sparsity
 from tools.plans.cuts import Parts
 from tools.plans.layer_profile import LayerProfile
 from tools.plans.recipe import Recipe
-from tools.plans.work_order import WorkOrder, order_all
+from tools.plans.work_order import WorkOrder
 from tools.results.losses import compare_kl
 from tools.results.schema import Usage
 
@@ -101,11 +100,8 @@ class Situation:
         if plan.new_texts:
             return None
         weighed = self.orders.weigh(plan)
-        made, line = self.orders.identify(weighed), describe_plan(weighed)
-        for trial in reversed(self.trials):
-            if trial.order == made if trial.order else trial.plan == line:  # of an earlier version by its line
-                return trial
-        return None
+        made = self.orders.identify(weighed)
+        return next((trial for trial in reversed(self.trials) if made and trial.order == made), None)
 
     def find_expense(self, plan: Plan) -> str:
         """Why there are not the tokens for a plan; empty where there are. Raises ImpossiblePlan."""
@@ -146,7 +142,7 @@ def gather_situation(
             dense=state.dense,
             accepted=last_accepted(state.trials),
             accepted_plan=state.accepted_plan,
-            trials=[identify_trial(bench, trial, state.config.pattern) for trial in state.trials],
+            trials=state.trials,
             lessons=state.lessons,
             experience=state.experience,
             notes=state.notes,
@@ -186,16 +182,3 @@ def resolve_plan(
     with open_bench() as bench:
         order = situation.orders.resolve(plan, measure_with(bench, state.profile, state.current, progress))
         return order, keep_order(bench.store, plan, order)
-
-
-def identify_trial(bench: "Workbench", trial: Trial, pattern: str) -> Trial:
-    """A trial with its order's id: for one of an earlier version, of what its checkpoint was made of."""
-    if trial.order or trial.recipe is None or not trial.measured:
-        return trial
-    try:
-        zeros = {name: record.zeros for name, record in bench.read_checkpoint(trial.checkpoint).items()}
-    except DamagedArtifact:
-        return trial  # which leaves its line
-    recipe = trial.recipe.model_copy(update={"pattern": pattern})
-    order = order_all(recipe, zeros, sparsity=trial.sparsity, predicted_kl=trial.predicted_kl)
-    return trial.model_copy(update={"order": order.id})

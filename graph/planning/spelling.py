@@ -19,7 +19,7 @@ def spell_out_plan(plan: Plan) -> dict[str, Any]:
 
 
 def spell_out_trial(trial: Trial) -> dict[str, Any]:
-    """What a trial's plan asked for, as `spell_out_plan`; of earlier versions without factors and bounds."""
+    """What a trial's plan asked for, as `spell_out_plan`."""
     return _spell_out(trial.sparsity, trial.recipe, trial)
 
 

@@ -44,9 +44,8 @@ class Measured(BaseModel):
 
     answer: ToolAnswer
     evaluated_tokens: int
-    counted: list[str] | None = None
-    """None where an earlier version kept it."""
-    probed: list[Probed] = []
+    counted: list[str]
+    probed: list[Probed]
 
 
 def open_toolbox(

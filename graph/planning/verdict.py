@@ -2,14 +2,10 @@
 
 from graph.config import RunConfig
 from graph.planning.bounds import Verdict
-from graph.planning.finalists import reserve_tokens
 from graph.planning.rule import name_strongest, tried_strongest
 from graph.state import State, Trial, last_accepted
 from tools.plans.budget import same_sparsity
 from tools.results.losses import Evaluation, compare_kl, find_likelihood_better
-
-UNSETTLED = (0.05, 0.95)
-"""Probabilities of a lower KL between which a comparison goes on over further windows."""
 
 
 def accepted_trial(state: State) -> Trial:
@@ -55,17 +51,12 @@ def _judge_likely(least: float, trial: Evaluation, accepted: Evaluation) -> tupl
     return "rollback", f"{figures}, below {least:g}"
 
 
-def is_settled(trial: Evaluation, accepted: Evaluation) -> bool:
-    """Whether further windows are not worth their tokens: which one is better is as good as known."""
-    return not UNSETTLED[0] < find_likelihood_better(trial, accepted) < UNSETTLED[1]
-
-
 def decide_stop(state: State) -> str:
     """Why the loop ends here; empty while it goes on."""
     if state.iteration >= state.config.max_iterations:
         return f"{state.iteration} iterations were asked for and done"
     limit = state.config.max_evaluated_tokens
-    if limit and state.evaluated_tokens + reserve_tokens(state) > limit:
+    if limit and state.evaluated_tokens + state.trial_tokens > limit:
         return f"{state.evaluated_tokens:,} of at most {limit:,} tokens were evaluated, and another trial takes more"
     best = _find_best_at_target(state)
     idle = state.iteration - best.iteration if best else 0

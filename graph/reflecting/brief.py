@@ -184,7 +184,7 @@ def _describe_lessons(lessons: Sequence[Lesson]) -> str:
     if not lessons:
         return "Lessons so far: none."
     lines = [
-        f"{quote_data(lesson.selector, 80)} with {quote_data(lesson.recipe_label, 40) or 'any recipe'}"
+        f"{quote_data(lesson.selector, 80)} with {quote_data(lesson.recipe, 40) or 'any recipe'}"
         f"{f' {quote_data(hide_directories(lesson.ground), 80)}' if lesson.ground else ''}: x{lesson.factor:g}, "
         f"observed {lesson.count} times, confidence {lesson.confidence:.2f}. {quote_data(lesson.text, 200)}"
         for lesson in lessons[-MAX_LESSONS:]

@@ -6,7 +6,6 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, create_model
 
-from tools.plans.methods import translate_label
 from tools.plans.selectors import MOST_SELECTOR
 
 MAX_LEARNT = 5
@@ -124,17 +123,14 @@ def drop_schema(answer: BaseModel) -> Reflection:
 
 
 class Lesson(BaseModel):
-    """What trials taught: for these layers the KL curves were off by this factor.
-
-    What is null of calibration, pattern and sparsity was not noted by earlier versions, whose lessons hold everywhere.
-    """
+    """What trials taught: for these layers the KL curves were off by this factor."""
 
     run: str = Field(description="The run that taught it, or the last of those that did.")
     iteration: int
     recipe: str = Field(
         "",
         description="Mask method and refit the lesson was learnt with, such as two-sided+refit: `Recipe.work_label`, "
-        "so that a lesson of an earlier version still says what it was learnt with; and what groups had (`name_work`).",
+        "and what groups had (`name_work`).",
     )
     curves: Literal["mask", "method"] = Field(
         "mask", description="The KL curves that it corrects: the profile's, or those of its method itself."
@@ -170,12 +166,6 @@ class Lesson(BaseModel):
     same_config: bool = Field(
         False, description="The lesson comes from a run of the same trials, so a repeat would count it twice."
     )
-
-    @property
-    def recipe_label(self) -> str:
-        """What it was learnt with, for people and planners, as plans are labelled; empty if not noted."""
-        recipe, bracket, groups = self.recipe.partition(" [")
-        return f"{translate_label(recipe)}{bracket}{groups}"
 
     def knows(self, calibration: str, pattern: str) -> bool:
         """Whether it was learnt on this text and pattern, as far as that was noted."""

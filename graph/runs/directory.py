@@ -4,7 +4,6 @@ import re
 import time
 import uuid
 from pathlib import Path
-from typing import Any
 
 import yaml
 
@@ -12,13 +11,11 @@ from graph.checks import check_budget, check_target, refuse_prompt_files
 from graph.config import CHANGEABLE, RunConfig, check_config
 from graph.persistence import state_kind
 from graph.state import State
-from tools.base.errors import UserError
-from tools.base.files import write_text
-from tools.base.made import advise, read_config_values
+from tools.base.errors import DamagedFile, UserError
+from tools.base.files import write_json, write_text
+from tools.base.made import FORMAT, read_config_values, read_made
 from tools.base.names import RUN_NAME
 from tools.base.rundir import lock_run, runs_directory
-from tools.base.seals import BrokenSeal, read_sealed, write_sealed
-from tools.base.settings import FORMER
 from tools.measure.benchmarks import load_benchmarks, refuse_shared_questions
 from tools.models.load import check_device, locate_model
 from tools.texts.windows import check_texts
@@ -56,11 +53,9 @@ def create_run(
     config: RunConfig,
     thread_id: str,
     replay: str = "",
-    log: str = "",
 ) -> Path:
     """Make and lock a run's directory, with `config.yaml` as resolved and `run.json`.
 
-    `log` says whose log it begins with, where that is another run's (`tools.base.made.Made`).
     Calling again for the same thread changes nothing. Raises UserError when another run has the name or another
     process works in it.
     """
@@ -78,10 +73,9 @@ def create_run(
         lock_run(directory)
         write_config(directory, config)
         created = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-        made: dict[str, Any] = {"thread_id": thread_id, "created": created, "state": state_kind(), "replay": replay}
-        mark = uuid.uuid4().hex
         begun = config.model_dump(mode="json", exclude={*CHANGEABLE, *_unsaid(config)})
-        write_sealed(record, {**made, "mark": mark, "log": log or mark, "config": begun}, record.name)
+        made = {"thread_id": thread_id, "created": created, "state": state_kind(), "replay": replay}
+        write_json(record, {"format": FORMAT, **made, "config": begun})
     except OSError as error:
         raise UserError(f"run directory {directory} cannot be written: {error.strerror}") from error
     return directory
@@ -109,24 +103,19 @@ def read_run(runs_dir: Path, name: str) -> tuple[str, RunConfig]:
     if Path(name).name != name or not (directory / "run.json").is_file():
         raise UserError(f"there is no run {name!r} in {runs_dir}; see --list")
     try:
-        thread = read_made_run(directory)["thread_id"]
-        return str(uuid.UUID(thread)), check_config(FORMER | read_config_values(directory))
-    except BrokenSeal:
+        thread = read_made(directory)["thread_id"]
+        return str(uuid.UUID(thread)), check_config(read_config_values(directory))
+    except DamagedFile:
         raise
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"run {name!r} cannot be read: {' '.join(str(error).split())[:300]}") from error
 
 
-def read_made_run(directory: Path) -> dict[str, Any]:
-    """All of `run.json`. Raises BrokenSeal where it is not what was written."""
-    return read_sealed(directory / "run.json", "run.json", advise(directory))
-
-
 def read_replay(directory: Path) -> str:
     """The run that the one in `directory` replays, "" for none. UserError when its checkpoints are in another place."""
-    made = read_made_run(directory)
-    kept = made.get("state", "SQLite")
+    made = read_made(directory)
+    kept = made["state"]
     if kept != state_kind():
         advice = "name it with --state or in BILLHOOK_STATE" if kept == "PostgreSQL" else "leave --state out"
         raise UserError(f"run {directory.name!r} keeps its checkpoints in {kept}: {advice}")
-    return str(made.get("replay", ""))
+    return str(made["replay"])

@@ -14,7 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from graph.runs.directory import create_run, directory_of, read_made_run
+from graph.runs.directory import create_run, directory_of
 from graph.state import State
 from tools.base.files import write_whole
 from tools.base.made import read_made
@@ -41,7 +41,7 @@ def _is_fork(state: State, node: str, checkpoint: str, thread: str | None) -> bo
     """
     directory = directory_of(state)
     with suppress(OSError, ValueError, KeyError, TypeError):
-        owner = read_made_run(directory)["thread_id"]
+        owner = read_made(directory)["thread_id"]
         if thread is not None and owner != thread:
             return True
     last = read_last_node(directory)
@@ -65,8 +65,7 @@ def fork_run(state: State, name: str, thread: str) -> None:
     Artifacts are shared as hard links where the file system has them: they are never written twice.
     """
     origin = directory_of(state)
-    made = read_made(origin)
-    directory = create_run(runs_directory(), name, state.config, thread, state.replay, made.log)
+    directory = create_run(runs_directory(), name, state.config, thread, state.replay)
     for part in ("artifacts", "evaluations"):
         for file in (origin / part).rglob("*"):
             target = directory / file.relative_to(origin)

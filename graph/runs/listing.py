@@ -1,17 +1,15 @@
 """Lists the runs of a directory: what each was asked for, how far it came and what it cost."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
 from rich.table import Column, Table
 from rich.text import Text
 
-from tools.base.made import read_config_values, read_made
+from tools.base.errors import UserError
+from tools.base.made import read_config_values, read_result
 from tools.base.rundir import refuse_lost_result
-from tools.base.seals import BrokenSeal, is_whole
 from tools.base.words import clean, show_compact, show_percent, show_seconds
 
 MARKS = ("summary.json", "config.yaml", "events.jsonl", "run.json")
@@ -50,10 +48,10 @@ def begun(run: Path) -> float:
 def describe_run(run: Path) -> list[str]:
     """Status and time, model, sparsity, perplexity, KL and plans of a run, from what it left behind."""
     try:
-        if (run / "summary.json").is_file():
-            return describe_summary(read_summary(run))
+        if (summary := read_result(run)) is not None:
+            return describe_summary(summary)
         refuse_lost_result(run)
-        config = read_config(run)
+        config = read_config_values(run)
         size = config.get("target_size")
         parts = f"size {float(size):g}" if size else ""
         return [
@@ -61,7 +59,7 @@ def describe_run(run: Path) -> list[str]:
             clean(config["model"]),
             f"\n{parts or 'of ' + show_percent(config['target_sparsity'], 1)}",
         ]
-    except (Damaged, BrokenSeal) as problem:
+    except UserError as problem:
         return ["damaged", clean(problem, 300)]
     except (KeyError, TypeError, ValueError, AttributeError) as problem:
         name = "summary.json" if (run / "summary.json").is_file() else "config.yaml"
@@ -80,37 +78,3 @@ def describe_summary(summary: Mapping[str, Any]) -> list[str]:
         show_compact(summary["kl"], 4),
         f"{summary['iterations']:d}\n{summary['rollbacks']:d} undone",
     ]
-
-
-class Damaged(ValueError):
-    """A file of a run cannot be read; the message names it."""
-
-
-def read_summary(run: Path) -> Mapping[str, Any]:
-    """A run's summary; Damaged when it is not a JSON object, or not what was written."""
-    path = run / "summary.json"
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as problem:
-        raise Damaged(f"{path.name}: not JSON (line {problem.lineno}, column {problem.colno})") from problem
-    except (OSError, ValueError, RecursionError) as problem:
-        raise Damaged(f"{path.name}: {type(problem).__name__}") from problem
-    if not isinstance(found, dict):
-        raise Damaged(f"{path.name}: not a JSON object")
-    if not is_whole(found, read_made(run).mark):
-        raise Damaged(f"{path.name}: its content does not match its seal")
-    return found
-
-
-def read_config(run: Path) -> Mapping[str, Any]:
-    """A run's config; Damaged when it is missing, not a YAML mapping, or not what the run was begun with."""
-    path = run / "config.yaml"
-    try:
-        found = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as problem:
-        raise Damaged(f"{path.name}: missing") from problem
-    except (OSError, ValueError, yaml.YAMLError, RecursionError) as problem:
-        raise Damaged(f"{path.name}: {type(problem).__name__}") from problem
-    if not isinstance(found, dict):
-        raise Damaged(f"{path.name}: not a YAML mapping")
-    return read_config_values(run) if read_made(run).mark else found

@@ -40,7 +40,7 @@ class Record:
     """What its size or speed came to in the model's parts, where it had one."""
     plans: dict[int, Plan] = field(default_factory=dict)
     orders: dict[int, str] = field(default_factory=dict)
-    """Ids of their work orders; empty in runs of an earlier version."""
+    """Ids of their work orders."""
     decisions: dict[int, Event] = field(default_factory=dict)
     """What a person said to a plan, where the run asked one."""
     reflections: dict[int, Reflection] = field(default_factory=dict)
@@ -111,7 +111,7 @@ def _take(record: Record, event: Event) -> None:
             record.target = Target.model_validate({name: event[name] for name in Target.model_fields})
         case "plan":
             record.plans[int(event["iteration"])] = Plan.model_validate(event["details"])
-            record.orders[int(event["iteration"])] = str(event.get("order", ""))
+            record.orders[int(event["iteration"])] = event["order"]
         case "approval":
             record.decisions[int(event["iteration"])] = {"decision": event["decision"], "reason": event["reason"]}
         case "reflection":
@@ -119,9 +119,9 @@ def _take(record: Record, event: Event) -> None:
         case "trial":
             record.trials[int(event["iteration"])] = {
                 **{name: event[name] for name in FIGURES},
-                "broken": bool(event.get("broken")),  # earlier versions had no such trials
-                "reason": str(event.get("reason", "")),
-                "order": str(event.get("order", "")),
+                "broken": event["broken"],
+                "reason": event["reason"],
+                "order": event["order"],
             }
         case "profile":
             record.profiled |= {max(record.trials)} if record.trials else set()
@@ -211,7 +211,7 @@ def compare(run: str, event: Event, directory: Path) -> tuple[str, str] | None:
 def _compare_plan(run: str, event: Event) -> str:
     """How a plan comes to another work order than in the record; empty where it does not, or the record has none."""
     iteration, here = event["iteration"], event["order"]
-    there = read_record(run).orders.get(iteration) or here
+    there = read_record(run).orders.get(iteration, here)
     return f"plan {iteration}: work order {_show_both(there, here)}" if there != here else ""
 
 
@@ -224,8 +224,6 @@ def _compare_trial(run: str, event: Event) -> str:
         reason = there["reason"] if there["broken"] else event["reason"]
         return f"trial {iteration}: it broke {where} only ({reason})"
     for name, word in FIGURES.items():
-        if name == "checkpoint" and not record.orders.get(iteration):
-            continue  # earlier versions recorded no orders, and kept the same weights in other files
         if there[name] != event[name]:
             where = f"trial {iteration}" if iteration else "the dense model"
             return f"{where}: {word} {_show_both(there[name], event[name])}"

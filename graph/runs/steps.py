@@ -17,7 +17,7 @@ from graph.runs.forks import fork_run, name_directory
 from graph.runs.permits import check_permitted
 from graph.state import State
 from tools.base.progress import stop_at
-from tools.base.rundir import check_logged, hold_run, read_last_seal, runs_directory, unlock_runs
+from tools.base.rundir import check_log, hold_run, runs_directory, unlock_runs
 from tools.workbench.open import close_workbench
 
 Update = dict[str, Any]
@@ -42,7 +42,7 @@ def step(node: Node, *, served: bool = False) -> Node:
         if state.profile:
             if served:
                 check_permitted(state)  # a fork's config.yaml says what the run began with
-            check_logged(directory_of(state), state.log)
+            check_log(directory_of(state))
             name = name_directory(state, node.__name__, checkpoint, thread)
             if name != state.run:
                 fork_run(state, name, thread or "")
@@ -51,9 +51,7 @@ def step(node: Node, *, served: bool = False) -> Node:
                 runtime = runtime.override(context=settled.config)
         state = settled.model_copy(update=moved)
         with hold_run(directory_of(state)) if state.profile else nullcontext():
-            update = moved | node(state, runtime)
-            log = read_last_seal(runs_directory() / update.get("run", state.run))
-            return update | {"came_from": checkpoint, "log": log}
+            return moved | node(state, runtime) | {"came_from": checkpoint}
 
     return work
 

@@ -14,7 +14,6 @@ from graph.llm.models import check_agents
 from graph.runs.directory import check_input, create_run, read_replay, read_run, write_config
 from graph.runs.replay import read_record
 from tools.base.errors import UserError
-from tools.base.rows import follow_kept
 from tools.base.rundir import lock_run
 from tools.base.settings import CutSettings
 
@@ -99,7 +98,6 @@ def resume(runs_dir: Path, name: str, flags: dict[str, Any], path: Path | None) 
     thread, config = read_run(runs_dir, name)
     replay = read_replay(runs_dir / name)
     wanted = read_config(flags if path else {**config.model_dump(), **flags}, path)
-    wanted = follow_kept(wanted, config.model_dump())
     changed = [option for option in RunConfig.model_fields if getattr(wanted, option) != getattr(config, option)]
     if refused := [option for option in changed if option not in CHANGEABLE]:
         raise UserError(f"run {name!r} cannot be resumed with a changed config ({', '.join(refused)}); start a new run")

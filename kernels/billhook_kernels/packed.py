@@ -60,7 +60,7 @@ def pack_mask(keep_OI: Tensor) -> Tensor:
 def pack_bits(keep: Tensor) -> Tensor:
     """Eight bits of a mask a byte, without gaps between its rows, lowest bit first: uint8, ceil(n / 8), on the CPU.
 
-    It is what hashes of masks are made of; no weight is stored so any more.
+    It is what hashes of masks are made of.
     """
     return pack_mask(keep.reshape(1, -1)).cpu().flatten().view(torch.uint8)[: -(-keep.numel() // 8)].clone()
 

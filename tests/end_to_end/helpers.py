@@ -40,8 +40,7 @@ from tests.paths import IMPORTS
 from tests.tiny import make_tiny_model, make_tiny_tokenizer, tiny_settings
 from tools.base import rundir
 from tools.base.progress import Stopped, heed_stop
-from tools.base.rundir import LAST, RUNS_DIR_VARIABLE, unlock_run
-from tools.base.seals import split_line
+from tools.base.rundir import RUNS_DIR_VARIABLE, unlock_run
 from tools.measure import continuations, speeds
 from tools.results.page import page
 from tools.texts.windows import cut_windows
@@ -346,26 +345,13 @@ def read_events(run: Path, *types: str) -> list[dict[str, Any]]:
     path = run / "events.jsonl"
     lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.is_file() else []
     events = [json.loads(line) for line in lines]
-    for event in events:
-        event.pop("seal", None)
     return [event for event in events if not types or event["type"] in types]
-
-
-def unseal(run: Path) -> None:
-    """Make a run one of an earlier version, whose files have no seals."""
-    for name in ("run.json", "summary.json"):
-        if (run / name).is_file():
-            kept = json.loads((run / name).read_text())
-            kept = {key: value for key, value in kept.items() if key not in ("seal", "mark", "log", "config", "files")}
-            (run / name).write_text(json.dumps(kept))
-    lines = [split_line(line)[0] for line in (run / "events.jsonl").read_bytes().splitlines()]
-    (run / "events.jsonl").write_bytes(b"".join(line + b"\n" for line in lines))
-    (run / LAST).unlink(missing_ok=True)
 
 
 def read_summary(run: Path) -> dict[str, Any]:
     summary: dict[str, Any] = json.loads((run / "summary.json").read_text(encoding="utf-8"))
-    return {name: value for name, value in summary.items() if name not in ("seal", "log", "files")}
+    summary.pop("files", None)
+    return summary
 
 
 def read_state(run: Path) -> State:

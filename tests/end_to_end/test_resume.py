@@ -103,7 +103,7 @@ def test_killed_and_resumed(halt: Halt, easy: Easy, tmp_path: Path, command: Com
 
 
 def test_killed_before_there_was_a_run(easy: Easy, tmp_path: Path, command: Command) -> None:
-    halt = Halt("", "graph.runs.directory:write_sealed")
+    halt = Halt("", "graph.runs.directory:write_json")
     assert fork(tmp_path, *easy.flags, halt=halt).finish().code == -signal.SIGKILL
     assert command("--resume", "run").err == "error: there is no run 'run' in runs; see --list\n"
     assert command(*easy.flags).code == 0

@@ -52,7 +52,6 @@ def test_the_summary_has_its_keys_and_no_others(finished: Path) -> None:
     assert list(summary) == [
         *("run", "model", "status", "target_sparsity", "achieved_sparsity", "reach"),
         *("perplexity", "wanda_statistics", "kl", "knowledge", "benchmarks", "polished", "samples", "plan", "kept"),
-        "finalists",
         *("iterations", "rollbacks", "evaluated_tokens", "agents", "seconds", "peak_memory_bytes", "mask_sha256"),
         "protocol",
     ]

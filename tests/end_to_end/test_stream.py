@@ -23,7 +23,7 @@ from tools.models.disk import list_disk
 from tools.models.layers import find_layers
 from tools.statistics.shards import count_waiting
 
-MORE = ("--target-sparsity", "0.5", "--max-iterations", "4", "--further-windows", "3", "--question-pairs", "4")
+MORE = ("--target-sparsity", "0.5", "--max-iterations", "4", "--question-pairs", "4")
 STREAM = ("--device", "stream")
 
 
@@ -85,7 +85,7 @@ def test_killed_and_resumed_without_room_for_second_moments_of_more_than_a_block
 ) -> None:
     model = AutoModelForCausalLM.from_pretrained(trained_llama)
     settings, layers = (
-        tiny_settings(trained_llama, questions="file:questions.jsonl", further_windows=3),
+        tiny_settings(trained_llama, questions="file:questions.jsonl"),
         find_layers(model),
     )
     known = {"in_source": {layer.name for layer in layers}, "waiting": count_waiting(settings.calibration_windows)}

@@ -17,6 +17,10 @@ class UnknownStatistics(UserError):
     """A text says nothing of a layer, or nothing finite."""
 
 
+class DamagedFile(UserError):
+    """A file is not what was written; the message says which, and what to do."""
+
+
 class DegenerateText(UserError):
     """What the model wrote itself is no text to fit to or to judge by."""
 

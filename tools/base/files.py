@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from tools.base.errors import DamagedArtifact, DiskFull, UserError
+from tools.base.errors import DamagedArtifact, DamagedFile, DiskFull, UserError
 from tools.base.words import show_size
 
 KEEP_SECONDS = 60.0
@@ -117,6 +117,17 @@ def write_bytes(path: Path, content: bytes) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Write readable JSON, whole or not at all; NaN and infinity are refused (ValueError)."""
     write_text(path, json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def read_json(path: Path, advice: str) -> dict[str, Any]:
+    """The object that a JSON file holds. Raises DamagedFile, with the `advice`, where it holds none."""
+    try:
+        value = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise DamagedFile(f"{path} is damaged: it is not JSON; {advice}") from error
+    if not isinstance(value, dict):
+        raise DamagedFile(f"{path} is damaged: it is not a JSON object; {advice}")
+    return value
 
 
 def hash_file(path: Path) -> str:

@@ -1,33 +1,26 @@
-"""What a run says of itself in `run.json`, and the files that are held against it: config, result and model."""
+"""What a run says of itself in `run.json`, its config, its result, and whether its model is what it wrote."""
 
-from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from tools.base.files import hash_file
+from tools.base.errors import DamagedFile, UserError
+from tools.base.files import hash_file, read_json
 from tools.base.options import read_yaml
-from tools.base.seals import BrokenSeal, read_sealed
+
+FORMAT = 2
+"""Of a run's files. Those of another format are refused."""
 
 
-class Made(NamedTuple):
-    """`run.json`, as far as other files are held against it."""
-
-    mark: str = ""
-    """Whose the files are: it is no other run's. Empty in runs of an earlier version."""
-    log: str = ""
-    """Whose the log is: of a fork, which begins with the log of its run, that run's."""
-    config: Mapping[str, Any] | None = None
-    """What `config.yaml` must say; None in runs of an earlier version."""
-
-
-def read_made(directory: Path) -> Made:
-    """What `run.json` says of the other files; nothing where there is none. Raises BrokenSeal."""
+def read_made(directory: Path) -> dict[str, Any]:
+    """`run.json`. Raises DamagedFile, and UserError where it is missing or of another format."""
     path = directory / "run.json"
     if not path.is_file():
-        return Made()
-    made = read_sealed(path, path.name, advise(directory))
-    return Made(made.get("mark", ""), made.get("log", ""), made.get("config"))
+        raise UserError(f"{path} is missing: what it belongs to is no run of this version of Billhook; begin it again")
+    made = read_json(path, advise(directory))
+    if made.get("format") != FORMAT:
+        raise UserError(f"run {directory.name!r} is of another version of Billhook; begin it again")
+    return made
 
 
 def advise(directory: Path) -> str:
@@ -37,17 +30,20 @@ def advise(directory: Path) -> str:
 
 def read_config_values(directory: Path) -> dict[str, Any]:
     """`config.yaml` of a run. Raises UserError where it cannot be read, or is not what the run was begun with."""
-    values, begun = read_yaml(directory / "config.yaml"), read_made(directory).config
-    if begun is not None and (changed := [name for name, value in begun.items() if values.get(name) != value]):
+    begun, values = read_made(directory)["config"], read_yaml(directory / "config.yaml")
+    if changed := [name for name, value in begun.items() if values.get(name) != value]:
         what = f"its config.yaml is not what the run was begun with ({', '.join(changed[:5])})"
-        raise BrokenSeal(f"run {directory.name!r} cannot be read: {what}")
+        raise DamagedFile(f"run {directory.name!r} cannot be read: {what}")
     return values
 
 
 def read_result(directory: Path) -> dict[str, Any] | None:
-    """`summary.json` of a run; None where there is none. Raises BrokenSeal."""
+    """`summary.json` of a run; None where there is none. Raises DamagedFile, and UserError as `read_made`."""
     path = directory / "summary.json"
-    return read_sealed(path, read_made(directory).mark, advise(directory)) if path.is_file() else None
+    if not path.is_file():
+        return None
+    read_made(directory)
+    return read_json(path, advise(directory))
 
 
 def hash_once(path: Path) -> str:
@@ -67,10 +63,10 @@ def hash_files(directory: Path) -> dict[str, str]:
 
 
 def check_model(directory: Path) -> None:
-    """Raises BrokenSeal where a file of a run's `model/` is not what the run wrote."""
+    """Raises DamagedFile where a file of a run's `model/` is not what the run wrote."""
     result = read_result(directory)
     for name, digest in (result.get("files", {}) if result else {}).items():
         path = directory / "model" / name
         if not path.is_file() or hash_once(path) != digest:
             what = "is damaged: its content does not match its hash" if path.is_file() else "is missing"
-            raise BrokenSeal(f"{path} {what}; {advise(directory)}")
+            raise DamagedFile(f"{path} {what}; {advise(directory)}")

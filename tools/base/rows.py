@@ -8,11 +8,9 @@ from typing import IO, TYPE_CHECKING, Any, TypeVar
 
 from pydantic import BaseModel
 
-from tools.base.errors import UserError, in_one_line
-from tools.base.files import explain_unwritable
+from tools.base.errors import DamagedFile, UserError
+from tools.base.files import explain_unwritable, read_json, write_json
 from tools.base.rundir import lock_run
-from tools.base.seals import BrokenSeal, read_sealed, write_sealed
-from tools.base.settings import FORMER
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -27,8 +25,8 @@ def lock_out(out: Path, locked: Path) -> None:
 
 
 def write_kept(path: Path, rows: BaseModel) -> None:
-    """Keep what a command made so far, with a seal."""
-    write_sealed(path, rows.model_dump(mode="json"), path.name)
+    """Keep what a command made so far."""
+    write_json(path, rows.model_dump(mode="json"))
 
 
 def read_kept(path: Path, model: type[Model]) -> Model | None:
@@ -36,28 +34,22 @@ def read_kept(path: Path, model: type[Model]) -> Model | None:
     if not path.is_file():
         return None
     try:
-        return model.model_validate(read_sealed(path, path.name, "put it back as it was, or choose another --out"))
-    except BrokenSeal:
+        return model.model_validate(read_json(path, "put it back as it was, or choose another --out"))
+    except DamagedFile:
         raise
     except ValueError as error:
-        raise UserError(f"{path} cannot be read: {in_one_line(error, 200)}") from error
+        raise UserError(f"{path} is not of this version of Billhook; choose another --out") from error
 
 
 def read_search(path: Path, model: type[Model], warn: Callable[[str], None]) -> Model | None:
-    """What was kept of a search, with a seal; None where nothing is, or, with a warning, where it is damaged."""
+    """What was kept of a search; None where nothing is, or, with a warning, where it is damaged."""
     if not path.is_file():
         return None
     try:
-        return model.model_validate(read_sealed(path, path.name, "the search begins anew"))
+        return model.model_validate(read_json(path, "the search begins anew"))
     except ValueError:
         warn(f"{path} is damaged; the search begins anew")
         return None
-
-
-def follow_kept(settings: Model, known: dict[str, Any]) -> Model:
-    """The settings, with what kept rows were made by in fields that earlier versions lack and nobody named now."""
-    kept = {name: value for name, value in (FORMER | known).items() if name in FORMER}
-    return settings.model_copy(update={n: kept[n] for n in kept if n not in settings.model_fields_set})
 
 
 def refuse_other_settings(
@@ -68,7 +60,6 @@ def refuse_other_settings(
     What they were made by and nobody wants now may be missing in `wanted`, as named texts are where there are none.
     """
     now = {name: None for name, value in known.items() if value} | wanted
-    known = FORMER | known
     changed = sorted(name for name in now if known.get(name) != now[name] and name not in unused)
     if changed:
         raise UserError(f"{directory} holds {what} with other settings ({', '.join(changed)}); choose another --out")

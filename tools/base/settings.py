@@ -34,9 +34,6 @@ WORKERS_FORM = r"^(|auto|[1-9]\d?|ray://[^\s:/]+:\d+)$"
 TEXT_FORMS = ("hub:NAME[/CONFIG]:SPLIT", "file:PATH (.txt or .jsonl)", "pydoc", "self", "self:PROMPT")
 """How each kind of text source is written, in the order of `tools.texts.sources.SOURCES`."""
 
-FORMER: dict[str, Any] = {"bos": "never", "text_cut": 0, "text_spread": 1, "further_windows": 0, "polish_tokens": 0}
-"""What fields meant in settings that were kept before there were such fields."""
-
 MOST_SPREAD = 16
 """Of so many windows in a row one is taken at most, unless a number is given: longer texts are not read on for it."""
 
@@ -213,13 +210,6 @@ class WorkbenchSettings(LoadSettings):
         "scores and the KL curves.",
     )
     validation_windows: int = Field(8, ge=2, le=65536, description="Windows of validation text.")
-    further_windows: int = Field(
-        0,
-        ge=0,
-        le=65536,
-        description="Windows of validation text beyond those. Where the target is reached, a run measures on as many "
-        "of them as it takes to tell which weights are better; as many again compare the best ones at the end.",
-    )
     test_windows: int = Field(8, ge=1, le=65536, description="Windows of test text.")
     partial: bool = Field(
         False,

@@ -226,7 +226,7 @@ def _tell_time(empty: Empty, settings: TeamSettings, course: Course, place: Plac
     profile = calibration * (at.forward + at.moments) + gradient * (2 * at.forward + 2 * at.backward + 2 * at.head)
     rounds = course.trials * settings.count_all("validation") * (at.forward + 2 * at.head)
     for recipe in course.recipes:
-        rounds += pruned[recipe.exact_label + recipe.pattern]
+        rounds += pruned[recipe.mask_label + recipe.pattern]
         if recipe.in_order:
             rounds += calibration * (2 * at.forward + at.moments * recipe.changes_survivors)
         if recipe.needs_curves:
@@ -246,7 +246,7 @@ def _tell_time(empty: Empty, settings: TeamSettings, course: Course, place: Plac
 
 
 def _name(course: Course) -> dict[str, Recipe]:
-    return {recipe.exact_label + recipe.pattern: recipe for recipe in course.recipes}
+    return {recipe.mask_label + recipe.pattern: recipe for recipe in course.recipes}
 
 
 def _time_block(model: Any, count: int, tokens: int, device: torch.device) -> _Seconds:

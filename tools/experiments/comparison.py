@@ -10,7 +10,7 @@ from rich.console import Console
 from tools.base.console import print_line, show_bars
 from tools.base.errors import DamagedArtifact, ImpossiblePlan, UserError
 from tools.base.options import join_list
-from tools.base.rows import follow_kept, lock_out, read_kept, refuse_other_settings
+from tools.base.rows import lock_out, read_kept, refuse_other_settings
 from tools.base.settings import TEAM, PolishSettings, TaskSettings, TeamSettings
 from tools.base.words import count
 from tools.experiments.comparison_rows import Limits, MadeRow, make_row
@@ -154,24 +154,13 @@ def _read_comparison(directory: Path, settings: CompareSettings) -> tuple[Compar
     known = read_kept(directory / "compare.json", Comparison)
     if known is None:
         return None, settings
-    settings = follow_kept(settings, known.settings)
     wanted = _fingerprint(settings)
     searched = any(row.allocation in name_allocations("search") for row in known.rows)
     unused = set() if searched else {"evolution", "evolution_tokens"}
     if not known.settings.get("tasks"):
         unused |= set(TaskSettings.model_fields)
     refuse_other_settings(directory, "a comparison", known.settings, wanted, unused)
-    if "evolution" not in known.settings:
-        _rename_equal_widths(known)
     return known.model_copy(update={"settings": wanted}), settings
-
-
-def _rename_equal_widths(known: Comparison) -> None:
-    """Rows of an earlier version, which called a cut to equal widths flap."""
-    for row in known.rows:
-        if row.allocation == "flap":
-            row.allocation = "equal"
-            row.recipe = f"{row.method}:{row.allocation}"
 
 
 def _fingerprint(settings: CompareSettings) -> dict[str, Any]:

@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING
 
 from pydantic import BaseModel
 
+from tools.base.files import read_json, write_json
 from tools.base.progress import Progress
-from tools.base.seals import read_sealed, write_sealed
 from tools.base.settings import TaskSettings
 from tools.measure.benchmarks import Benchmark, differ_from, load_benchmarks
 from tools.measure.harness import run_benchmark, warn_of_cut_prompts
@@ -42,7 +42,7 @@ def measure_checkpoints(
             if results is None:
                 bench.restore(checkpoint)
                 results = run_benchmark(benchmark, bench.model, bench.tokenizer, label, progress)
-                write_sealed(path, Results(results=results).model_dump(), path.name)
+                write_json(path, Results(results=results).model_dump())
             warn_of_cut_prompts(results, bench.warn)
             scores += [result.score for result in results]
     compare_scores(scores)
@@ -52,7 +52,7 @@ def measure_checkpoints(
 def _read_kept(path: Path, benchmark: Benchmark, label: str) -> list[Result] | None:
     """What was measured before by the same protocol, under the label that it has now."""
     try:
-        results = Results.model_validate(read_sealed(path, path.name, "it is measured again")).results
+        results = Results.model_validate(read_json(path, "it is measured again")).results
     except (OSError, ValueError):
         return None
     if any(differ_from(result.score, benchmark) for result in results):

@@ -2,23 +2,21 @@
 
 import operator
 from collections.abc import Sequence
-from typing import Any, Self
+from typing import Any
 
-from pydantic import BaseModel, Field, model_validator
+from pydantic import BaseModel, Field
 
 
 class Probed(BaseModel):
     """An order that was probed."""
 
     order: str = Field(description="Its id.")
-    checkpoint: str = Field(description="Of its weights; empty where an earlier version made it.")
+    checkpoint: str = Field(description="Of its weights.")
     sparsity: float
     tokens: int = Field(description="Of validation text that it was measured on.")
     losses: dict[str, Any] = Field(description="On that text, an `Evaluation`.")
-    windows: list[int] = Field(
-        [], description="Of validation text, which its losses are of; empty where an earlier version took the first."
-    )
-    line: str = Field("", description="The plan in one line; empty where an earlier version made it.")
+    windows: list[int] = Field(description="Of validation text, which its losses are of.")
+    line: str = Field(description="The plan in one line.")
     predicted: float | None = Field(None, description="Its KL as it was predicted, nats per token.")
     change: float | None = Field(None, description="Its KL minus that of the last accepted weights, paired.")
     change_error: float | None = None
@@ -27,18 +25,11 @@ class Probed(BaseModel):
     )
     alone: str = Field("", exclude_if=operator.not_, description="As in its order: the layers that it pruned, not all.")
 
-    @model_validator(mode="after")
-    def _pass_over_former(self) -> Self:
-        """What an earlier version measured, on other windows, keeps its number, and counts as not measured."""
-        if not self.windows:
-            self.tokens, self.line = 0, ""
-        return self
-
 
 class PastProbe(BaseModel):
     """What a probe of an earlier round measured."""
 
-    number: int = Field(0, description="In the run, from 1; 0 where an earlier version made it.")
+    number: int = Field(description="In the run, from 1.")
     iteration: int
     plan: str = Field(description="In one line.")
     tokens: int

@@ -26,7 +26,7 @@ class StateFiles:
         found = self._files.read()
         if found is None or self._marks.below[found[0]["block"]] != found[0]["mark"]:
             return None
-        states_BTD = found[1]["states"].flatten(0, -3)  # (B, 1, T, D) of earlier versions
+        states_BTD = found[1]["states"]
         return found[0]["block"], dict(enumerate(states_BTD.split(1)))
 
     def keep(self, block: int, states: Mapping[int, Tensor]) -> None:

@@ -5,14 +5,10 @@ An artifact holds `mask`, and `values` where the survivors are others than the d
 Shape suffixes: O output features, I input features, W = ceil(I / 32) words of a mask row.
 """
 
-import hashlib
 from collections.abc import Mapping
 
-import numpy as np
 import torch
-from safetensors.torch import save
 from torch import Tensor
-from torch.nn.functional import pad
 
 from billhook_kernels.packed import (
     BITS,
@@ -22,7 +18,6 @@ from billhook_kernels.packed import (
     check_mask,
     check_packed,
     find_kept,
-    pack_bits,
     pack_mask,
     pack_rows,
     unpack_mask,
@@ -71,31 +66,9 @@ def unpack_pruned(tensors: Mapping[str, Tensor], dense_OI: Tensor, device: torch
         return dense_OI
     rows, columns = dense_OI.shape
     mask_OW, values = tensors["mask"], tensors.get("values")
-    if mask_OW.dtype == torch.uint8:
-        mask_OW, values = _read_earlier(mask_OW, values, (rows, columns))
     if values is not None:
         mask_OW, values, offsets_O, _ = check_packed(mask_OW, values, (rows, columns))
         return unpack_rows(PackedWeight(mask_OW.to(device), values.to(device), offsets_O, columns))
     check_mask(mask_OW, (rows, columns))
     bits_OI = dense_OI.to(device).view(BITS[dense_OI.dtype])  # as integers: a third of the time that `where` takes
     return (bits_OI * unpack_mask(mask_OW.to(device), columns)).view(dense_OI.dtype)
-
-
-# --- artifacts whose mask is one run of bits, without gaps between the rows -----------------------------------------
-
-
-def _read_earlier(bits: Tensor, values: Tensor | None, shape: tuple[int, int]) -> tuple[Tensor, Tensor | None]:
-    """Mask words and padded values of such an artifact; its bits are uint8."""
-    count = shape[0] * shape[1]
-    if bits.numel() != -(-count // 8):
-        raise ValueError(f"{bits.numel()} mask bytes for {count} weights")
-    keep = np.unpackbits(bits.numpy(), count=count, bitorder="little").reshape(shape)
-    return pack_mask(torch.from_numpy(keep).bool()), None if values is None else pad(values, (0, PADDING))
-
-
-def hash_as_earlier(tensors: Mapping[str, Tensor], dense_OI: Tensor) -> str:
-    """What such an artifact of the same weights was called: the checkpoints of that time name it so."""
-    earlier = {"mask": pack_bits(unpack_mask(tensors["mask"], dense_OI.shape[1]))}
-    if "values" in tensors:
-        earlier["values"] = tensors["values"][:-PADDING].clone()
-    return hashlib.sha256(save(earlier)).hexdigest()

@@ -121,7 +121,6 @@ def list_disk(
             how=f"{blocks:,} blocks × {windows:,} windows × {tokens:,} tokens × {wide:,} wide × {item:,} bytes",
             bytes=blocks * windows * tokens * wide * item,
         ),
-        *_list_further(model, settings, tokens),
         Line(
             what="layers of checkpoints",
             how=f"{checkpoints} × the prunable layers, each with its mask",
@@ -163,7 +162,6 @@ def list_cut_disk(
     return [
         _describe_hidden("the dense model's hidden states", model, hidden, tokens),
         _describe_hidden("inputs of all blocks, and gradients, while the parts are measured", model, walked, tokens),
-        *_list_further(model, settings, tokens),
         Line(
             what="layers of checkpoints",
             how=f"{checkpoints} × masks of the prunable layers, and what was fitted to the units that stay",
@@ -186,12 +184,6 @@ def list_cut_disk(
 
 def _describe_made(sizes: CutSizes) -> Line:
     return Line(what="the smaller model, until it is exported", how="once more", bytes=sizes.smaller)
-
-
-def _list_further(model: Any, settings: TeamSettings, tokens: int) -> list[Line]:
-    windows = 2 * settings.count_all("further")
-    what = "the dense model's hidden states on further windows"
-    return [_describe_hidden(what, model, windows, tokens)] if windows else []
 
 
 def _describe_hidden(what: str, model: Any, windows: int, tokens: int) -> Line:

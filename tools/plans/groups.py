@@ -12,7 +12,7 @@ from tools.base.settings import RUN
 from tools.base.words import shorten
 from tools.plans.layer_profile import LayerProfile
 from tools.plans.methods import LEVERS, MOST_STEPS, MethodName, Statistics
-from tools.plans.mix import Mix, label_mix, read_former
+from tools.plans.mix import Mix, label_mix
 from tools.plans.pattern import PatternText
 from tools.plans.recipe import Damping, Recipe
 from tools.plans.selectors import MOST_SELECTOR, select_layers
@@ -58,11 +58,6 @@ class GroupRecipe(BaseModel):
         exclude_if=operator.not_,
         description="Such as 2:4: 2 zeros in every 4 consecutive inputs; the other layers share out the rest.",
     )
-
-    @model_validator(mode="before")
-    @classmethod
-    def _read_former(cls, values: Any) -> Any:
-        return read_former(values, run=0.0)  # in place of the plan's mix
 
     @model_validator(mode="before")
     @classmethod
@@ -135,7 +130,7 @@ def describe_group(group: Group, recipe: Recipe) -> str:
 def identify_group(group: Group, recipe: Recipe) -> list[str]:
     """What is asked for a group, in a plan of this recipe: two that say the same in other words are alike."""
     whole = group.recipe.complete(recipe)
-    return [" ".join(group.selector.split()), whole.exact_label, whole.pattern]
+    return [" ".join(group.selector.split()), whole.mask_label, whole.pattern]
 
 
 def name_work(recipe: Recipe, groups: Sequence[Group]) -> str:

@@ -99,17 +99,3 @@ def name_sequential(methods: Iterable[Method]) -> str:
     """Those whose authors take sequential statistics, for people: `wanda and sparsegpt`."""
     *names, last = (method.name for method in methods if method.statistics == "sequential")
     return f"{', '.join(names)} and {last}" if names else last
-
-
-def translate_label(label: str) -> str:
-    """A recipe's label where `label` marks sequential statistics whatever its method, and dense ones never.
-
-    So `Recipe.exact_label` does, and so did all labels of earlier versions. A label without a mark means the statistics
-    that its method's authors take; the others are marked. What names no method stays as it is.
-    """
-    inside, colon, allocation = label.partition(":")
-    name = inside.partition("~")[0].partition("+")[0].rstrip("0123456789")
-    if name not in METHODS or METHODS[name].statistics == "dense":
-        return label
-    inside = inside.removesuffix("~sequential") if inside.endswith("~sequential") else f"{inside}~dense"
-    return f"{inside}{colon}{allocation}"

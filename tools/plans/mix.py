@@ -64,18 +64,6 @@ def mix_questions(share: float) -> Mix:
     return mix
 
 
-def read_former(values: Any, *, run: float | None = None) -> Any:
-    """What a plan says, with a mixture for the calibration text that plans named before there were any.
-
-    For the run's own text it is of a share `run` of questions, or none.
-    """
-    if not isinstance(values, dict) or (text := values.get("calibration", "")) not in (None, RUN, *SHORT):
-        return values
-    share = run if text == RUN else SHORT.get(text)
-    own = {} if share is None else {"mix": dict(mix_questions(share))}
-    return own | {name: value for name, value in values.items() if name != "calibration"}
-
-
 def label_mix(mix: Mix) -> str:
     """Such as `~0.7code~0.3prose`, or `~quarter`; nothing without a mixture."""
     named = [name for name, share in SHORT.items() if mix == mix_questions(share)]

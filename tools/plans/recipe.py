@@ -19,9 +19,8 @@ from tools.plans.methods import (
     MethodName,
     Statistics,
     name_sequential,
-    translate_label,
 )
-from tools.plans.mix import MARKS, SHORT, Mix, label_mix, parse_mix, read_former
+from tools.plans.mix import MARKS, SHORT, Mix, label_mix, parse_mix
 from tools.plans.pattern import PatternText, parse_pattern
 from tools.plans.registry import describe_choices
 from tools.plans.rules import RULES, UNIFORM, RuleName
@@ -114,11 +113,6 @@ class Recipe(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _read_former(cls, values: Any) -> Any:
-        return read_former(values)
-
-    @model_validator(mode="before")
-    @classmethod
     def _take_own_statistics(cls, values: Any) -> Any:
         """Statistics that are left out are those that the method's authors take."""
         if isinstance(values, dict) and "statistics" not in values:
@@ -189,26 +183,20 @@ class Recipe(BaseModel):
         return self.refit_steps if METHODS[self.method].refits_in_steps else REFIT_STEPS
 
     @property
-    def exact_label(self) -> str:
-        """What is done inside a layer, with a mark for other than dense statistics whatever the method's own are: a key
-        to what is kept on disk, where it has never meant anything else."""
+    def mask_label(self) -> str:
+        """What is done inside a layer, such as `two-sided+refit`, or `refit3` for other than `REFIT_STEPS` steps.
+
+        Statistics are marked where they are not those that the method's authors take: `wanda~dense`.
+        """
         steps = "" if self.steps == REFIT_STEPS else f"{self.steps}"
         marks = [
             "+refit" if self.refits_after else "",
             "~clipped" if self.clips else "",
             f"~damped{self.fit_damping:g}" if self.fit_damping else "",
             label_mix(self.mix),
-            f"~{self.statistics}" if self.in_order else "",
+            "" if self.statistics == METHODS[self.method].statistics else f"~{self.statistics}",
         ]
         return f"{self.method}{steps}{''.join(marks)}"
-
-    @property
-    def mask_label(self) -> str:
-        """What is done inside a layer, such as `two-sided+refit`, or `refit3` for other than `REFIT_STEPS` steps.
-
-        Statistics are marked where they are not those that the method's authors take: `wanda~dense`.
-        """
-        return translate_label(self.exact_label)
 
     @property
     def polish_label(self) -> str:
@@ -218,8 +206,8 @@ class Recipe(BaseModel):
 
     @property
     def work_label(self) -> str:
-        """As `exact_label`, with the polish."""
-        return f"{self.exact_label}{self.polish_label}"
+        """As `mask_label`, with the polish."""
+        return f"{self.mask_label}{self.polish_label}"
 
     @property
     def allocation_label(self) -> str:
@@ -231,11 +219,6 @@ class Recipe(BaseModel):
     @property
     def label(self) -> str:
         """The whole recipe in short, such as `two-sided+refit:kappa@0.8`; `parse_recipe` reads it."""
-        return f"{self.mask_label}{self.polish_label}:{self.allocation_label}"
-
-    @property
-    def exact(self) -> str:
-        """As `label`, with the exact label: a key to what is kept on disk."""
         return f"{self.work_label}:{self.allocation_label}"
 
     def count_polish(self, allowed: int) -> int:

@@ -62,8 +62,7 @@ class WorkOrder(BaseModel):
     @cached_property
     def id(self) -> str:
         """SHA-256, in hex, of each layer's recipe and zeros, and the polish: orders of one id make the same weights."""
-        former = {"calibration": "run"}  # which a recipe said before it had a mix: orders are called as ever
-        layers = {name: [layer.recipe.model_dump() | former, layer.zeros] for name, layer in self.layers.items()}
+        layers = {name: [layer.recipe.model_dump(), layer.zeros] for name, layer in self.layers.items()}
         parts: object = [layers, {"polish": self.polish}] if self.polish else layers
         parts = self.cut.model_dump() if self.cut else parts
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()

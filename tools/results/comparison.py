@@ -7,7 +7,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from pydantic import BaseModel, Field, model_validator
+from pydantic import BaseModel, Field
 from rich.console import Console
 from rich.table import Table
 
@@ -16,7 +16,7 @@ from tools.base.rows import as_csv, write_kept
 from tools.base.words import escape, show, show_score, show_share, show_size
 from tools.plans.evolve import describe_search
 from tools.plans.jobs import STRUCTURED, Job, name_target
-from tools.plans.methods import Statistics, translate_label
+from tools.plans.methods import Statistics
 from tools.results.losses import Evaluation, compare_kl, compare_perplexity
 from tools.results.paper import Measured, describe_tasks
 from tools.results.polish_curve import list_curves, plot_curves
@@ -58,7 +58,7 @@ class Row(BaseModel):
     losses: Evaluation | None = Field(
         None,
         exclude_if=operator.not_,
-        description="Of each window, so that rows are paired; null of a row of an earlier version.",
+        description="Of each window, so that rows are paired.",
     )
     fact_retention: float | None = Field(
         None,
@@ -106,22 +106,9 @@ class Row(BaseModel):
     )
     protocol: Protocol
 
-    @model_validator(mode="before")
-    @classmethod
-    def _translate_former(cls, values: Any) -> Any:
-        """A row of an earlier version, which has no statistics: there a label without a mark meant dense ones."""
-        if not isinstance(values, dict) or "statistics" in values or not isinstance(values.get("recipe"), str):
-            return values
-        former = str(values["recipe"])
-        recipe = translate_label(former)
-        method, _, allocation = recipe.partition(":")
-        statistics = "sequential" if "~sequential" in former else "dense"
-        told = None if former.startswith(STRUCTURED) else statistics
-        return {**values, "recipe": recipe, "method": method, "allocation": allocation, "statistics": told}
-
     @property
     def search(self) -> str:
-        """How long the search was, for people; empty where there was none, or an earlier version did not record it."""
+        """How long the search was, for people; empty where there was none."""
         if self.generations is None or self.planned_generations is None or self.children is None:
             return ""
         return describe_search(self.generations, self.planned_generations, self.children, self.evaluated_tokens)
@@ -142,7 +129,7 @@ class Comparison(BaseModel):
     profile_seconds: float
     dense_perplexity: float
     bos: bool = Field(False, description="As in the protocols of the rows.")
-    reach: Reach | None = Field(None, description="Null where an earlier version did not record it.")
+    reach: Reach
     dense_scores: list[Score] = Field(
         [], description="Tasks of lm-evaluation-harness, with --tasks; none where they were broken off."
     )
@@ -176,7 +163,7 @@ def describe_dense(known: Comparison) -> str:
     return f"dense: perplexity {show(known.dense_perplexity)}"
 
 
-def describe_row(job: Job, row: Row, reach: Reach | None) -> str:
+def describe_row(job: Job, row: Row, reach: Reach) -> str:
     """The line about a row that is done."""
     went = "removed" if job.kind == "parts" else "zeros"
     texts = tell_texts([text.model_dump() for text in row.texts])
@@ -232,7 +219,6 @@ def relative_degradation(row: Row, rows: Sequence[Row]) -> float | None:
 
 def _list_titles(known: Comparison) -> list[str]:
     facts = ["answer probability kept"] if known.settings["questions"] else []
-    share = ["of the model"] if known.reach else []
     search = ["search"] if any(row.search for row in known.rows) else []
     polish = ["polish"] if any(row.polished for row in known.rows) else []
     texts = [f"KL {name}" for name in known.settings.get("text", {})]
@@ -241,7 +227,7 @@ def _list_titles(known: Comparison) -> list[str]:
     behind = ["behind the first"] if _has_pairs(known.rows) else []
     losses = ["perplexity", "× SparseGPT", "KL", *texts, *behind]
     costs = ["prune s", "allocate s", "tokens"]
-    return ["recipe", "sparsity", *share, *losses, *facts, *smaller, *faster, *costs, *search, *polish]
+    return ["recipe", "sparsity", "of the model", *losses, *facts, *smaller, *faster, *costs, *search, *polish]
 
 
 def _has_pairs(rows: Sequence[Row]) -> bool:
@@ -255,7 +241,7 @@ def _list_cells(row: Row, first: Row, known: Comparison) -> list[str]:
     return [
         row.recipe,
         f"{row.achieved_sparsity:.2%}",
-        *([f"{row.achieved_sparsity * known.reach.of_model:.2%}"] if known.reach else []),
+        f"{row.achieved_sparsity * known.reach.of_model:.2%}",
         show(row.perplexity),
         "" if relative is None else f"{relative:.2f}",
         show_score(None if row.kl_error is None else row.kl, row.kl_error),
@@ -352,11 +338,7 @@ def describe(known: Comparison) -> str:
         + (f" {_EXPLAIN_SEARCH}" if any(row.search for row in known.rows) else "")
         + (f" {_EXPLAIN_FACTS.format(**settings)}" if settings["questions"] else "")
         + (_EXPLAIN_STRUCTURED if structured else "")
-        + (
-            " Of the model: the share of all its weights, embeddings included, that is zero or gone."
-            if known.reach
-            else ""
-        ),
+        + " Of the model: the share of all its weights, embeddings included, that is zero or gone.",
         "",
         "![Perplexity over sparsity](compare.svg)",
         "",

@@ -18,7 +18,7 @@ class Row(BaseModel):
 
     model: str
     task: str = Field(description="As it was asked for; a tag of the harness stands for several tasks.")
-    files: str = Field("", description="Hash of the model's files; empty of a hub id, and in earlier versions.")
+    files: str = Field("", description="Hash of the model's files; empty of a hub id.")
     results: list[Result]
 
 

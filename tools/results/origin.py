@@ -5,19 +5,19 @@ from pathlib import Path
 from typing import Any
 
 from tools.base.made import read_config_values
-from tools.base.settings import FORMER, SPLITS
+from tools.base.settings import SPLITS
 from tools.results.page.record import read_summary
 from tools.results.schema import Origin, Protocol, Summary
 
 CUT_BY = (
-    *(*SPLITS, "text", "text_cut", "text_spread", "window", "calibration_mix", "further_windows"),
+    *(*SPLITS, "text", "text_cut", "text_spread", "window", "calibration_mix"),
     *(f"{split}_windows" for split in SPLITS),
 )
 """Settings by which text is cut into windows: those of the test text lie behind, and between, those of the others."""
 
 
 def find_origin(model: str, protocol: Protocol, config: Mapping[str, Any]) -> Origin | None:
-    """The last run that cut what is in the directory `model`; None where none did. Raises BrokenSeal, UserError.
+    """The last run that cut what is in the directory `model`; None where none did. Raises UserError.
 
     Where that run went on from a cut of an earlier one, the model is that one's, and so on. A run that cut nothing
     itself, of a model that was cut before, passes on what it knows of that. `protocol` is that of perplexities which
@@ -28,7 +28,7 @@ def find_origin(model: str, protocol: Protocol, config: Mapping[str, Any]) -> Or
     found = _trace(summary) if summary else None
     if summary is None or found is None:
         return None
-    before, now = (FORMER | dict(values) for values in (read_config_values(directory), config))
+    before, now = (read_config_values(directory), config)
     alike = summary.protocol == protocol and all(before.get(name) == now.get(name) for name in CUT_BY)
     return found if alike else found.model_copy(update={"perplexity": None})
 

@@ -150,7 +150,7 @@ class Reach(BaseModel):
 
     of_blocks: float = Field(description="Prunable weights, as a share of those of all matrices in the decoder blocks.")
     of_model: float = Field(description="The same as a share of all the model's weights, embeddings included.")
-    prunable: int | None = Field(None, description="Prunable weights; null where an earlier version did not record it.")
+    prunable: int = Field(description="Prunable weights.")
 
     @property
     def is_nearly_all(self) -> bool:
@@ -171,7 +171,7 @@ class Polished(BaseModel):
     means: Means = Field(
         "fp32",
         description="What the optimiser held its running means in: bf16 where fp32 fitted neither the GPU nor CPU "
-        "memory; an earlier version, which did not record it, knew fp32 alone.",
+        "memory.",
     )
 
     @property
@@ -196,19 +196,6 @@ class Usage(BaseModel):
         0,
         description="Requests without an answer. Of one that passes (429, 5xx) the prompt is among the tokens; of one "
         "that timed out or was cut off, the longest answer allowed too.",
-    )
-
-
-class Finalist(BaseModel):
-    """A trial at the target, compared at the end of a run on windows of validation text that no verdict went by."""
-
-    iteration: int
-    plan: str = Field(description="In one line.")
-    windows: int
-    kl: float | None = Field(description="KL(dense || pruned) on them, nats per token; null where it was not finite.")
-    better: float | None = Field(
-        description="Probability that it is below that of the trial accepted last, by a paired t-test over the "
-        "windows; null for that trial itself, or where one was not finite."
     )
 
 
@@ -276,12 +263,11 @@ class Summary(BaseModel):
     )
     target_sparsity: float
     achieved_sparsity: float
-    reach: Reach | None = Field(None, description="Null where an earlier version did not record it.")
+    reach: Reach
     perplexity: Perplexities
     wanda_statistics: Statistics = Field(
-        "dense",
         description="Uniform Wanda's. sequential: taken block by block, behind the pruned predecessors, as its authors "
-        "do; dense: of the dense model, as earlier versions did, which did not record it.",
+        "do; dense: of the dense model, where that broke.",
     )
     kl: float | None = Field(description="KL(dense || pruned) on the validation text, nats per token.")
     texts: list[TextResult] = Field(
@@ -312,13 +298,7 @@ class Summary(BaseModel):
     )
     samples: list[Sample] = Field([], description="Prompts continued by the dense and the pruned model.")
     plan: str = Field("", description="The plan that was kept, in one line.")
-    kept: int | None = Field(
-        None,
-        description="Iteration of that plan, 0 for the dense model; null where an earlier version did not record it.",
-    )
-    finalists: list[Finalist] = Field(
-        [], description="What was compared at the end, the trial accepted last first; none without further windows."
-    )
+    kept: int = Field(description="Iteration of that plan, 0 for the dense model.")
     iterations: int
     rollbacks: int
     evaluated_tokens: int = Field(

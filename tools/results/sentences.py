@@ -7,7 +7,6 @@ from tools.base.words import clean, count, show, show_compact, show_percent, sho
 from tools.plans.methods import Statistics
 from tools.results.schema import (
     CutResult,
-    Finalist,
     Knowledge,
     Origin,
     Polished,
@@ -71,18 +70,14 @@ def _tell_right(knowledge: Knowledge) -> str:
     )
 
 
-def name_prunable(reach: Reach | None) -> str:
-    """`the 106,168,320 prunable weights`, without their number where it is not known."""
-    return (
-        "the prunable weights"
-        if reach is None or reach.prunable is None
-        else f"the {reach.prunable:,} prunable weights"
-    )
+def name_prunable(reach: Reach) -> str:
+    """`the 106,168,320 prunable weights`."""
+    return f"the {reach.prunable:,} prunable weights"
 
 
-def tell_share(share: float, reach: Reach | None) -> str:
-    """`, 35.52% of the whole model`: what a share of the prunable weights is of all; "" where that is not known."""
-    return f", {share * reach.of_model:.2%} of the whole model" if reach else ""
+def tell_share(share: float, reach: Reach) -> str:
+    """`, 35.52% of the whole model`: what a share of the prunable weights is of all."""
+    return f", {share * reach.of_model:.2%} of the whole model"
 
 
 def describe_polish(polished: Polished) -> str:
@@ -128,22 +123,9 @@ def name_share(share: float) -> str:
     return f"cut to {share:.0%} of its bytes"
 
 
-def describe_finalists(finalists: Sequence[Finalist], kept: int | None) -> str:
-    """Which finalist was kept, and the figures of all, in one sentence; "" without any."""
-    if not finalists:
-        return ""
-    told = [f"round {f.iteration} {show(f.kl, 4)}" for f in finalists]
-    likely = [f"round {f.iteration} {f.better:.3f}" for f in finalists if f.better is not None]
-    return (
-        f"Of {len(finalists)} finalists round {kept} has the lowest KL on {finalists[0].windows} windows that no "
-        f"verdict went by: {', '.join(told)}. Probability of a lower one than round {finalists[0].iteration}'s: "
-        f"{', '.join(likely)}."
-    )
-
-
-def describe_reach(reach: Reach | None) -> str:
-    """Which share of the model is prunable, in one sentence; "" where it is nearly all of the blocks or unknown."""
-    if reach is None or reach.is_nearly_all:
+def describe_reach(reach: Reach) -> str:
+    """Which share of the model is prunable, in one sentence; "" where it is nearly all of the blocks."""
+    if reach.is_nearly_all:
         return ""
     return (
         f"Only {reach.of_blocks:.1%} of the weights in the blocks are prunable, {reach.of_model:.1%} of the whole "
@@ -154,7 +136,7 @@ def describe_reach(reach: Reach | None) -> str:
 def name_sparsity(summary: Summary) -> str:
     """The sparsity for a title, and of what it is where much of the model cannot be pruned."""
     achieved, reach = f"{summary.achieved_sparsity:.2%}", summary.reach
-    if reach is None or reach.is_nearly_all:
+    if reach.is_nearly_all:
         return achieved
     return f"{achieved} of the {reach.of_blocks:.1%} of its blocks' weights that are prunable"
 
@@ -225,8 +207,8 @@ def list_outcome(result: Mapping[str, Any]) -> list[str]:
     dense, pruned, uniform = (result["perplexity"][key] for key in ("dense", "pruned", "uniform_wanda"))
     share = relate_to_wanda(dense, pruned, uniform)
     compared = "not to be compared with uniform Wanda's" if share is None else f"{share:.2f} × that of uniform Wanda"
-    reach = Reach.model_validate(result["reach"]) if result.get("reach") else None
-    told = f" of {name_prunable(reach)}{tell_share(result['achieved_sparsity'], reach)}" if reach else ""
+    reach = Reach.model_validate(result["reach"])
+    told = f" of {name_prunable(reach)}{tell_share(result['achieved_sparsity'], reach)}"
     return [
         f"{clean(result['status'])}: sparsity {show_percent(result['achieved_sparsity'])} "
         f"(target {show_percent(result['target_sparsity'])}){told}, {count(result['iterations'], 'iteration')}, "

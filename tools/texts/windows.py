@@ -53,9 +53,6 @@ class Windows(NamedTuple):
     calibration: "Tensor"
     validation: "Tensor"
     test: "Tensor"
-    further: "Tensor"
-    """More of the validation text, behind all else that its source is cut into, where any is asked for: windows for
-    verdicts, then as many that finalists are compared on."""
     mixed: "dict[Calibration, Tensor]"
     """The run's calibration text behind as many windows of questions, where there are enough of them."""
     lead: int = 0
@@ -173,8 +170,8 @@ def cut_windows(settings: WorkbenchSettings, tokenizer: Any, write: WrittenText 
         questions_BT = _cut_questions(settings, tokenizer)
         parts["calibration"], mixed = mix_questions(settings, parts["calibration"], questions_BT)
     _check_overlap(parts, mixed, tokenizer)
-    calibration, validation, test, further = (_join(parts, settings, split) for split in (*SPLITS, "further"))
-    result = Windows(calibration, validation, test, further, mixed, texts=tuple(settings.text))
+    calibration, validation, test = (_join(parts, settings, split) for split in SPLITS)
+    result = Windows(calibration, validation, test, mixed, texts=tuple(settings.text))
     return _begin(result, tokenizer.bos_token_id) if count_lead(settings, tokenizer) else result
 
 
@@ -245,8 +242,8 @@ def _cut_written(settings: WorkbenchSettings, write: WrittenText) -> "dict[str, 
 
     counts, dealt, windows = count_windows(settings), deal_prompts(settings), {}
     for part in (part for part in counts if is_written(find_source(settings, part))):
-        (text, split), tokens = split_part(part), counts[part] * settings.window
-        prompts = dealt[name_part(text, "validation" if split == "further" else split)]
+        tokens = counts[part] * settings.window
+        prompts = dealt[part]
         ids = write(part, prompts, tokens) if tokens else []
         windows[part] = torch.tensor(ids[:tokens], dtype=torch.int64).view(-1, settings.window)
     return windows
@@ -259,7 +256,7 @@ def _begin(windows: Windows, bos: int) -> Windows:
     def begin(text_BT: "Tensor") -> "Tensor":
         return torch.nn.functional.pad(text_BT, (1, 0), value=bos)
 
-    splits = begin(windows.calibration), begin(windows.validation), begin(windows.test), begin(windows.further)
+    splits = begin(windows.calibration), begin(windows.validation), begin(windows.test)
     mixed = {name: begin(text_BT) for name, text_BT in windows.mixed.items()}
     return Windows(*splits, mixed, lead=1, texts=windows.texts)
 
@@ -370,8 +367,7 @@ def _check_shared(
 
 def _pair_parts(texts: "dict[str, Tensor]") -> list[tuple[str, str]]:
     """Every two parts that have any windows, split by split."""
-    order = [*SPLITS, "further"]
-    parts = sorted((part for part in texts if len(texts[part])), key=lambda part: order.index(split_part(part)[1]))
+    parts = sorted((part for part in texts if len(texts[part])), key=lambda part: SPLITS.index(split_part(part)[1]))
     return list(combinations(parts, 2))
 
 

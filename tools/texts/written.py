@@ -55,8 +55,7 @@ def split_part(part: str) -> tuple[str, str]:
 
 
 def deal_prompts(settings: WorkbenchSettings) -> dict[str, list[str]]:
-    """The prompts of every part (`count_windows`) that the model writes; further validation windows have those of the
-    validation text.
+    """The prompts of every part (`count_windows`) that the model writes.
 
     No prompt serves two parts. Of a source that several splits of a text have, the last prompt is the last split's, the
     one before it that of the split before, and all others are the first one's. Raises UserError where there are too
@@ -99,15 +98,14 @@ def count_windows(settings: WorkbenchSettings) -> dict[str, int]:
         "calibration": settings.calibration_windows - settings.count_mixed(settings.calibration_mix),
         "validation": settings.validation_windows,
         "test": settings.test_windows,
-        "further": 2 * settings.further_windows,
     }
     return {name_part(text, split): count for text in settings.text or [""] for split, count in splits.items()}
 
 
 def find_source(settings: WorkbenchSettings, part: str) -> str:
-    """The source of a part; further windows come from the validation text."""
+    """The source of a part."""
     text, split = split_part(part)
-    return settings.text[text] if text else str(getattr(settings, "validation" if split == "further" else split))
+    return settings.text[text] if text else str(getattr(settings, split))
 
 
 def list_written(settings: WorkbenchSettings) -> dict[str, int]:

@@ -309,11 +309,6 @@ class Workbench:
         with self._explained(f"measuring on the {split} text"):
             return self.evaluator.evaluate(checkpoint, split, profile, progress, label)
 
-    def evaluate_further(self, checkpoint: str, windows: range, progress: Progress) -> Evaluation:
-        """As `Evaluator.evaluate_further`."""
-        with self._explained("measuring on the validation text"):
-            return self.evaluator.evaluate_further(checkpoint, windows, progress)
-
     def evaluate_each(
         self, checkpoints: Sequence[str], windows: int, profile: str, progress: Progress, label: str = "validation"
     ) -> list[Evaluation]:

@@ -20,7 +20,7 @@ def refuse_changed(index: Index, settings: WorkbenchSettings, weights: str, rest
     known = index.measure_once(key, lambda: found)
     model = f"model {settings.model}"
     for what, word in (("weights", model), ("rest", model), ("texts", "a text")):
-        if known.get(what, found[what]) != found[what]:  # earlier versions asked nothing of the rest
+        if known[what] != found[what]:
             raise UserError(
                 f"{word} is another than when this was begun, by the same name: what was measured holds of it no more; "
                 "begin anew, in another directory"
@@ -29,7 +29,7 @@ def refuse_changed(index: Index, settings: WorkbenchSettings, weights: str, rest
 
 def _hash_windows(windows: Windows) -> str:
     digest = hashlib.sha256()
-    for text_BT in (windows.calibration, windows.validation, windows.test, windows.further):
+    for text_BT in (windows.calibration, windows.validation, windows.test):
         digest.update(f"{tuple(text_BT.shape)}\n".encode())
         digest.update(text_BT.numpy().tobytes())
     return digest.hexdigest()

@@ -78,5 +78,5 @@ def make_layer_key(name: str, dense: str, statistics: str, task: LayerTask, belo
     `dense` is the hash of its dense weights, `statistics` the artifact of those it is pruned by, `below` are the
     artifacts of the layers that its inputs passed through.
     """
-    parts = [FORMAT, name, dense, statistics, task.zeros, task.recipe.exact_label, task.recipe.pattern, *below]
+    parts = [FORMAT, name, dense, statistics, task.zeros, task.recipe.mask_label, task.recipe.pattern, *below]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()

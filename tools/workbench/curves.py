@@ -74,7 +74,7 @@ class Curves:
 
     def _name_kappa(self, profile: str, plain: Recipe) -> list[str]:
         """What KL curves depend on: the weights, the text and the labels drawn for it, as the statistics name them."""
-        return ["kappa", self._weights.hash_all_dense(), self._profiles.read(profile).means, plain.exact_label]
+        return ["kappa", self._weights.hash_all_dense(), self._profiles.read(profile).means, plain.mask_label]
 
     def _measure_alphas(self, progress: Progress) -> dict[str, float | None]:
         alphas, dense = {}, self._weights.dense

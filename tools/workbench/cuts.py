@@ -97,8 +97,7 @@ class Cuts:
 
     def _measure_curves(self, most: Counts, progress: Progress) -> Curves:
         """As `tools.surgery.curves.measure_curves`; where the work was interrupted it goes on."""
-        drawn = [self._seed] if self._seed else []  # by earlier versions as by seed 0
-        key = self._name("curves of units", self._weights.hash_all_dense(), most.heads, most.neurons, *drawn)
+        key = self._name("curves of units", self._weights.hash_all_dense(), most.heads, most.neurons, self._seed)
 
         kept = CurveFiles(self._unfinished / f"curves-{key[:16]}")
 

@@ -10,8 +10,8 @@ from pydantic import BaseModel
 from torch import Tensor
 
 from tools.base.errors import DamagedArtifact
+from tools.base.files import read_json, write_json
 from tools.base.progress import Progress, Stopped, Warn, count_up, ignore_progress
-from tools.base.seals import read_sealed, write_sealed
 from tools.base.settings import TEAM, Split, WorkbenchSettings
 from tools.measure.losses import SoFar
 from tools.measure.recall import EncodedPair, Recall, cut_batches, measure_recall, put_together
@@ -32,9 +32,8 @@ class Answered(BaseModel):
 
 Begun = TypeVar("Begun", bound=BaseModel)
 
-PART = "validation-spread"
-"""What losses on a part of the validation text (`Losses.list_part`) are kept under. Earlier versions, whose parts were
-the first windows, called them otherwise: theirs are not read."""
+PART = "validation-part"
+"""What losses on a part of the validation text (`Losses.list_part`) are kept under."""
 
 
 QUESTIONS = "questions"
@@ -96,15 +95,6 @@ class Evaluator:
             self._path(checkpoint, kept).unlink(missing_ok=True)
         return whole
 
-    def evaluate_further(self, checkpoint: str, windows: range, progress: Progress) -> Evaluation:
-        """Losses of a checkpoint on some further windows of each validation text; measured once, then read back."""
-        name = f"further-{windows.start}-{windows.stop}"
-        if known := self._read(checkpoint, name):
-            return known
-        hidden = self._profiles.read_further(windows, progress)
-        numbers = self._losses.list_each("further", windows)
-        return self._measure_once(checkpoint, name, "further", numbers, hidden, "further validation", progress)
-
     def _measure_once(
         self,
         checkpoint: str,
@@ -138,18 +128,21 @@ class Evaluator:
         if not path.is_file():
             return None
         try:
-            return kind.model_validate(read_sealed(path, self._name_owner(path), ""))
-        except ValueError:
-            self._warn(f"{path} is damaged; {what}")
-            return None
+            kept = read_json(path, "")
+            if kept.pop("of") == self._name_owner(path):
+                return kind.model_validate(kept)
+        except (KeyError, ValueError):
+            pass
+        self._warn(f"{path} is damaged, or of other text; {what}")
+        return None
 
     def _keep(self, path: Path, value: dict[str, Any]) -> None:
-        write_sealed(path, value, self._name_owner(path))
+        write_json(path, {"of": self._name_owner(path)} | value)
 
     def _name_owner(self, path: Path) -> str:
-        """What a file is about: a checkpoint on a text, by its name, and the model and texts; questions are the same
+        """What a file is about beside its checkpoint: the model and texts; questions are the same
         whatever texts there are beside them, and what a goal makes these count."""
-        return f"{path.name} {self._asked_by if path.name.startswith(QUESTIONS) else self._settings}"
+        return self._asked_by if path.name.startswith(QUESTIONS) else self._settings
 
     @contextmanager
     def _keep_begun(self, path: Path, measured: Callable[[], dict[str, Any]]) -> Iterator[None]:

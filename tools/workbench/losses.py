@@ -20,7 +20,7 @@ from tools.texts.windows import Windows
 from tools.workbench.crew import Crew
 from tools.workbench.weights import Weights
 
-MeasuredText = Split | Literal["calibration", "further"] | Calibration
+MeasuredText = Split | Literal["calibration"] | Calibration
 
 
 class Losses:
@@ -45,10 +45,6 @@ class Losses:
     def count_windows(self, split: MeasuredText) -> int:
         """How many windows a text has."""
         return len(self._windows.find_text(split))
-
-    def list_each(self, split: MeasuredText, of_each: range) -> list[int]:
-        """As `Windows.list_each`."""
-        return self._windows.list_each(split, of_each)
 
     def list_part(self, split: MeasuredText, windows: int) -> list[int]:
         """Windows that stand for all of a text, as many of each text, so many in all or, for that, a few more; spread

@@ -41,12 +41,10 @@ def write_moment(store: ArtifactStore, moment_II: Tensor) -> str:
 
 
 def read_moment(store: ArtifactStore, found: str | Held, device: torch.device) -> Tensor:
-    """What is held, or what `write_moment` wrote, or an earlier version as a whole, (I, I), on the device."""
+    """What is held, or what `write_moment` wrote, (I, I), on the device."""
     if isinstance(found, Held):
         return unpack_triangle(found.upper_U.to(device), found.width)
     tensors = store.read_tensors(found)
-    if (whole_II := tensors.get("A")) is not None:
-        return whole_II.to(device)
     return unpack_triangle(tensors["upper"].to(device), int(tensors["width"]))
 
 

@@ -58,8 +58,7 @@ def probe_orders(
     found: dict[int, Probe | str] = {}
     for number, key in enumerate(keys):
         if (known := bench.index.read_measured(key)) is not None:
-            made = str(known.get("checkpoint", ""))  # earlier versions kept the losses alone
-            found[number] = Probe(made, orders[number].sparsity, Evaluation.model_validate(known))
+            found[number] = Probe(known["checkpoint"], orders[number].sparsity, Evaluation.model_validate(known))
     missing = [number for number in range(len(orders)) if number not in found]
     if not missing:
         return [found[number] for number in range(len(orders))]

@@ -124,22 +124,6 @@ class Profiles:
         self._index.keep_measured(measured, {"hidden": artifact, "evaluation": evaluation.model_dump()})
         return artifact, evaluation
 
-    def read_further(self, windows: range, progress: Progress) -> Tensor:
-        """The dense model's hidden states (B, T, D), on the CPU, on some further windows of each validation text.
-
-        Measured once; then the dense weights stay in the model. Raises UserError where its losses are not finite.
-        """
-        key = ["further", *name_dense(self._weights, self._settings), str(windows)]
-
-        def measure() -> dict[str, str]:
-            self._weights.restore_dense()
-            numbers = self._losses.list_each("further", windows)
-            evaluation, hidden = self._losses.measure("further", numbers, None, "dense, further validation", progress)
-            _refuse_infinite_loss(evaluation)
-            return {"hidden": self._store.write_tensors({"hidden": hidden})}
-
-        return self._store.read_tensors(self._index.measure_files(key, measure)["hidden"])["hidden"]
-
     def _read_so_far(self, key: list[str], windows: int) -> SoFar:
         """What was measured of the dense model before it was interrupted."""
         found = self._index.read_measured(key)
@@ -209,8 +193,8 @@ class Profiles:
         if self._last is None or self._last[0] != profile:
             try:
                 stored = StoredProfile.model_validate(self._store.read_json(profile))
-            except ValidationError as error:  # such as of a text that there was in an earlier version
-                raise DamagedArtifact(f"profile {profile[:12]} is of an earlier version; begin a new run") from error
+            except ValidationError as error:
+                raise DamagedArtifact(f"profile {profile[:12]} is of another version; begin a new run") from error
             stored = stored.sort_texts(self._settings.mixable)
             self._last = (profile, stored, self._store.read_tensors(stored.means))
         return self._last[1:]

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from pydantic import BaseModel
 
+from tools.base.files import write_json
 from tools.base.rows import read_search
-from tools.base.seals import write_sealed
 from tools.plans.allocate import Allocation, describe_zeros
 from tools.plans.evolve import EffortName, Search, SearchSettings, evolve, follow_effort
 from tools.plans.layer_profile import LayerProfile
@@ -83,7 +83,7 @@ def search_allocation(
             f"{recipe.mask_label}:evolution selects on all of the {text:,} calibration tokens, where EvoPress has "
             f"{rules.stages[-1].tokens:,}; give more --calibration-windows"
         )
-    path = bench.directory / f"search-{recipe.exact_label}-{sparsity}.json"
+    path = bench.directory / f"search-{recipe.mask_label}-{sparsity}.json"
     saved = _read_search(path, profile, rules, bench.warn)
     earlier, done = (saved.seconds, saved.search.tokens) if saved else (0.0, 0)
     running = _Running(bench, profile, recipe, layers, fitted, rules, path, progress, began - earlier, done)
@@ -126,7 +126,7 @@ class _Running:
     def keep(self, search: Search) -> None:
         """To go on from, should it be interrupted."""
         saved = SavedSearch(profile=self.profile, settings=self.rules, search=search, seconds=self.seconds)
-        write_sealed(self.path, saved.model_dump(), self.path.name)
+        write_json(self.path, saved.model_dump())
 
 
 def _read_search(path: Path, profile: str, rules: SearchSettings, warn: Callable[[str], None]) -> SavedSearch | None:

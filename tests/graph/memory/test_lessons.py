@@ -1,7 +1,5 @@
 """Lessons in the store: kept once, merged when read, found again, and forgotten on request."""
 
-import hashlib
-import json
 from pathlib import Path
 from typing import Any
 
@@ -41,20 +39,6 @@ def keys(store: BaseStore, config: RunConfig = CONFIG) -> list[str]:
 
 
 # Writing and reading
-
-
-def test_a_run_of_an_earlier_version_is_known_again(store: BaseStore) -> None:
-    """It wrote a hash of its whole config, which did not say yet how windows begin or how long an answer may be."""
-    fields = CONFIG.model_dump(exclude={"bos", "agent_answer_tokens", *memory.LATER})
-    before = hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:16]
-    value = learn("old").model_dump(exclude={"same_config"}) | {"config": before, "model": CONFIG.model}
-    store.put(namespace(CONFIG.model), "old/1/0", value)
-    then = CONFIG.model_copy(update={"text_spread": 1})
-    for config, same in (
-        *((then, True), (then.model_copy(update={"bos": "never"}), False)),
-        *((CONFIG, False), (OTHER_CONFIG, False)),
-    ):
-        assert [lesson.same_config for lesson in read_lessons(store, config, "new")[0]] == [same]
 
 
 def test_writing_again_changes_nothing(store: BaseStore) -> None:
@@ -123,7 +107,7 @@ def test_a_run_with_a_goal_is_a_repeat_whatever_was_made_of_the_goal() -> None:
 
 
 def test_what_the_fingerprint_leaves_out_are_fields_of_the_config() -> None:
-    assert {*memory.IDLE, *memory.LATER} < set(RunConfig.model_fields)
+    assert {*memory.IDLE} < set(RunConfig.model_fields)
 
 
 def test_lessons_of_this_text_go_before_those_of_another(store: BaseStore, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -142,17 +126,6 @@ def test_another_model_of_the_same_label_has_its_own_lessons(store: BaseStore) -
     assert namespace(other.model) == namespace(CONFIG.model)
     write_lesson(store, other, learn("other"))
     assert read_lessons(store, CONFIG, "new") == ([], 0)
-
-
-def test_items_of_earlier_versions_are_read(store: BaseStore) -> None:
-    old = {"run": "old", "iteration": 1, "recipe": "refit", "selector": GROUP, "factor": 1.5}
-    old |= {"predicted": 0.1, "measured": 0.2, "text": "an old one", "config": "0123456789abcdef"}
-    store.put(namespace(CONFIG.model), "old-1", old)
-    store.put(namespace(CONFIG.model), "old-2", old | {"iteration": 2, "factor": 0.0})
-    lessons, runs = read_lessons(store, CONFIG, "new")
-    assert [(x.factor, x.confidence, x.count, x.curves) for x in lessons] == [(1.5, 1.0, 1, "mask")]
-    assert [(x.calibration, x.pattern, x.sparsity, x.ground) for x in lessons] == [(None, None, None, "")]
-    assert runs == 1
 
 
 def test_a_lesson_that_was_contradicted_again_and_again_is_not_read(store: BaseStore) -> None:

@@ -30,7 +30,6 @@ VALUES: dict[str, Any] = {
     "run": "r",
     "replay": "q",
     "came_from": "1ef4f797-8335-6428-8001-8a1503f9b875",
-    "log": "0123456789abcdef",
     "config": RunConfig(target_sparsity=0.3, protect=["blocks 0-1"]),
     "profile": "cd34",
     "parts": "ef56",

@@ -405,7 +405,7 @@ def test_prompt_of_a_model_like_qwen3_8b() -> None:
     trials = [KEPT.model_copy(update={"iteration": i}) for i in range(1, 10)]
     lesson = Lesson(run="r", iteration=1, selector="s", factor=1.5, predicted=1, measured=2, text="t " * 80)
     figures = {"kl": 0.51234, "kl_error": 0.01, "change": -0.0123, "change_error": 0.004}
-    probe = PastProbe(iteration=9, plan="45.0% refit~sequential:kappa", tokens=2048, **figures)
+    probe = PastProbe(number=1, iteration=9, plan="45.0% refit~sequential:kappa", tokens=2048, **figures)
     note = Note(run="r", iteration=3, sparsity=0.45, pattern="", text="t " * 80, trials=[2, 3])
     tenth = replace(
         situation,
@@ -458,7 +458,7 @@ def test_notes_and_probes_of_earlier_rounds_are_short_lines() -> None:
         "</data>",
     ]
     figures = {"kl": 0.51234, "kl_error": 0.01, "change": -0.0123, "change_error": 0.004}
-    probe = PastProbe(iteration=2, plan="45.0% refit~sequential:kappa", tokens=2048, **figures)
+    probe = PastProbe(number=1, iteration=2, plan="45.0% refit~sequential:kappa", tokens=2048, **figures)
     first = probe.model_copy(update={"kl": None, "kl_error": None, "change": None})
     probe = probe.model_copy(update={"number": 5, "best": 4, "behind": 0.0213, "behind_error": 0.0031})
     beside = probe.model_copy(update={"best": 0, "trial": -0.0231, "trial_error": 0.0041})
@@ -469,7 +469,7 @@ def test_notes_and_probes_of_earlier_rounds_are_short_lines() -> None:
     assert ": 0.512 +- 0.01 (x2) on 2048; " in describe_probes([foreseen])
     assert describe_probes([first, probe]).split("\n")[1:] == [
         "<data probes>",
-        "round 2: 45.0% refit~sequential:kappa: not finite on 2048",
+        "probe 1, round 2: 45.0% refit~sequential:kappa: not finite on 2048",
         "probe 5, round 2: 45.0% refit~sequential:kappa: 0.512 +- 0.01 on 2048; -0.0123 +- 0.004; "
         "+0.0213 +- 0.0031 to 4",
         "</data>",

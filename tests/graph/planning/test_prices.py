@@ -48,7 +48,9 @@ def test_a_call_is_priced_by_what_it_walks_through() -> None:
     assert price_drafts([WALKED], 64, situate(exact=True), budget).tokens == 64, "what is paid for is not paid again"
     assert price_drafts([MASK], 0, situate(exact=True), make_budget()) == Price(0)
     order = situate(exact=True).orders.draft(MASK)
-    budget.probed.append(Probed(order=order.id, checkpoint="a", sparsity=0.4, tokens=64, losses={}, windows=[0]))
+    budget.probed.append(
+        Probed(order=order.id, checkpoint="a", sparsity=0.4, tokens=64, losses={}, line="a plan", windows=[0])
+    )
     prices = [price_drafts([MASK], tokens, situate(exact=True), budget) for tokens in (64, 128)]
     assert prices == [Price(0), Price(64, 128)], "what was probed is read back, of more text the rest measured"
 
@@ -61,7 +63,9 @@ def test_some_layers_alone_spare_no_trial() -> None:
     assert price_drafts([refit, refit], 128, situation, budget, alone=["", last]).each == 128
     order = prune_alone(situation.orders.draft(MASK), last, situation.layers)
     budget.probed.append(
-        Probed(order=order.id, checkpoint="a", sparsity=0.4, tokens=64, losses={}, windows=[0], alone=last)
+        Probed(
+            order=order.id, checkpoint="a", sparsity=0.4, tokens=64, losses={}, line="a plan", windows=[0], alone=last
+        )
     )
     assert budget.count_rest() == budget.trial
     assert price_drafts([MASK], 64, situation, budget, alone=[last]) == Price(0)

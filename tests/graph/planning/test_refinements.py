@@ -1,8 +1,6 @@
 """Small levers together, then one at a time: no weights come twice, and no plan is lost for a line like another's."""
 
 import dataclasses
-from collections.abc import Callable
-from functools import partial
 
 import pytest
 
@@ -12,26 +10,12 @@ from graph.planning.plan import Plan
 from graph.planning.refinements import STRONG, TOGETHER, WORTH, change_recipe, plan_refinements, rank_groups
 from graph.planning.rule import MASKS, plan_by_rule
 from graph.planning.situation import Situation
-from graph.state import Trial
 from tests.situations import make_layers, make_lesson, make_patterned, make_situation, make_trial, try_plan
 from tools.plans.layer_profile import group_layers
 from tools.plans.recipe import Adjustment, Recipe
 
-Record = Callable[[Situation, Plan], Trial]
 
-
-def record_by_line(situation: Situation, plan: Plan) -> Trial:
-    """The trial of a plan in a run of an earlier version."""
-    return try_plan(situation, plan, "rollback").model_copy(update={"order": "", "asked": ""})
-
-
-RECORDS = pytest.mark.parametrize(
-    "record", [partial(try_plan, verdict="rollback"), record_by_line], ids=["by order", "by line"]
-)
-
-
-@RECORDS
-def test_at_the_target_each_plan_changes_one_lever_or_all_small_ones_and_none_comes_twice(record: Record) -> None:
+def test_at_the_target_each_plan_changes_one_lever_or_all_small_ones_and_none_comes_twice() -> None:
     trials = [make_trial(1, "accept", 0.45, STRONG)]
     for _ in range(2, 60):
         plan = plan_by_rule(make_situation(*trials))
@@ -39,7 +23,7 @@ def test_at_the_target_each_plan_changes_one_lever_or_all_small_ones_and_none_co
             break
         assert plan.sparsity == 0.45
         assert (plan.recipe != STRONG) + bool(plan.adjustments) == 1
-        trials.append(record(make_situation(*trials), plan))
+        trials.append(try_plan(make_situation(*trials), plan, "rollback"))
     assert len({trial.plan for trial in trials}) == len(trials)
     assert len(trials) == 1 + 10 + 2 * len(group_layers(make_layers())), "ten recipes, two tilts of each group"
     every = STRONG.model_copy(update={**TOGETHER, "statistics": "sequential"})
@@ -73,8 +57,7 @@ def test_lessons_of_groups_weigh_in_every_plan_and_those_of_a_repeat_do_not() ->
         assert (list(plan.multipliers), plan.adjustments) == (weighed, [])
 
 
-@RECORDS
-def test_the_accepted_plan_is_tried_again_when_lessons_change_and_no_lever_is(record: Record) -> None:
+def test_the_accepted_plan_is_tried_again_when_lessons_change_and_no_lever_is() -> None:
     selector = "blocks 0-1 · mlp.down_proj"
     trials = [make_trial(1, "accept", 0.45, STRONG)]
     lines: list[str] = []
@@ -85,7 +68,7 @@ def test_the_accepted_plan_is_tried_again_when_lessons_change_and_no_lever_is(re
         if plan is None:
             break
         lines.append(describe_plan(plan))
-        trials.append(record(situation, plan))
+        trials.append(try_plan(situation, plan, "rollback"))
     again = [line for line in lines if line.startswith("45.0% refit:kappa-mask · lessons")]
     assert again == ["45.0% refit:kappa-mask · lessons x1 (1.23)", "45.0% refit:kappa-mask · lessons x1 (1.62)"]
     assert len(lines) == 10 + 2 * len(group_layers(make_layers())) + len(again)

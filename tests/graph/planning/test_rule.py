@@ -161,9 +161,8 @@ def test_more_questions_in_the_statistics_are_tried_where_there_are_some(
     questions: str, short: list[float], share: float, pattern: str, verdict: str
 ) -> None:
     config = RunConfig(questions=questions, pattern=pattern)
-    situation = make_situation(make_trial(1, verdict, config.target_sparsity, STRONG))
-
-    layers = make_patterned().layers
+    make = make_patterned if pattern else make_situation
+    situation, layers = make(make_trial(1, verdict, config.target_sparsity, STRONG)), make_patterned().layers
 
     def read_layers(recipe: Recipe) -> Curves:
         if recipe.mix in map(mix_questions, short):

@@ -51,10 +51,12 @@ RESULT = {
     **{"type": "result", "status": "finished", "achieved_sparsity": 0.45, "target_sparsity": 0.45},
     **{"perplexity": {"dense": 22.9, "pruned": 28.3, "uniform_wanda": 37.1}, "kl": 0.2, "iterations": 6},
     **{"rollbacks": 2, "seconds": 301.2, "peak_memory_bytes": 2.1e9},
+    "reach": {"of_blocks": 1.0, "of_model": 0.8, "prunable": 8000},
     **{"model_directory": "runs/demo/model", "report": "runs/demo/report.md"},
 }
 RESULT_LINES = [
-    "finished: sparsity 45.00% (target 45.00%), 6 iterations, 2 rolled back",
+    "finished: sparsity 45.00% (target 45.00%) of the 8,000 prunable weights, 36.00% of the whole model, 6 iterations, "
+    "2 rolled back",
     "perplexity: 28.30 pruned, 22.90 dense, 37.10 uniform Wanda; KL 0.2000",
     "degradation: 0.38 × that of uniform Wanda; 5 min 1 s, peak memory 2.1 GB",
     "model:  runs/demo/model",

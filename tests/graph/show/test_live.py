@@ -15,6 +15,8 @@ from graph.doors import FOREIGN_HOST, FOREIGN_ORIGIN, STUDIO
 from graph.show.live import BAR, HEADERS, SCRIPT, Board, address, listen, make_page, serve
 from graph.show.words import Event
 from tools.base.errors import UserError
+from tools.base.files import write_json
+from tools.base.made import FORMAT
 from tools.base.rundir import append_event
 
 TRIAL = {
@@ -50,10 +52,17 @@ class Live(NamedTuple):
         self.board.show(event)
 
 
+def begin(directory: Path) -> None:
+    """What a run writes first."""
+    config = {"model": "my-model", "target_sparsity": 0.5}
+    write_json(directory / "config.yaml", config)
+    write_json(directory / "run.json", {"format": FORMAT, "config": config})
+
+
 @pytest.fixture
 def live(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Live]:
     monkeypatch.setattr(graph.show.live, "LOOK_SECONDS", 0.02)
-    (tmp_path / "config.yaml").write_text("model: my-model\ntarget_sparsity: 0.5\n")
+    begin(tmp_path)
     terminal = Terminal()
     with (
         listen(0) as listener,
@@ -162,7 +171,7 @@ def test_only_this_machine_can_reach_it(live: Live) -> None:
 
 
 def test_the_last_page_is_told_and_then_nothing_listens(tmp_path: Path) -> None:
-    (tmp_path / "config.yaml").write_text("model: my-model\n")
+    begin(tmp_path)
     told: list[dict[str, str]] = []
     ready = threading.Event()
 

@@ -11,11 +11,16 @@ from pathlib import Path
 
 import pytest
 
-from tools.base.errors import UserError
+from tools.base.errors import DamagedFile, UserError
+from tools.base.files import write_json
+from tools.base.made import FORMAT, read_config_values, read_made
 from tools.base.rundir import (
+    LAST,
     RUNS_DIR_VARIABLE,
     append_event,
+    check_log,
     lock_run,
+    rewrite_log,
     runs_directory,
     scan_events,
     unlock_run,
@@ -147,3 +152,81 @@ def test_runs_directory_defaults_to_runs(monkeypatch: pytest.MonkeyPatch, value:
     if value is not None:
         monkeypatch.setenv(RUNS_DIR_VARIABLE, value)
     assert runs_directory() == Path("runs")
+
+
+def make_log(directory: Path) -> list[bytes]:
+    """The lines of a log of four trials."""
+    for number in range(4):
+        append_event(directory, {"type": "trial", "iteration": number})
+    return (directory / "events.jsonl").read_bytes().splitlines(keepends=True)
+
+
+def test_a_log_that_was_cut_anywhere_is_noticed(tmp_path: Path) -> None:
+    whole = b"".join(make_log(tmp_path))
+    check_log(tmp_path)
+    for end in range(len(whole) - 1):
+        (tmp_path / "events.jsonl").write_bytes(whole[:end])
+        with pytest.raises(DamagedFile, match=r"is damaged: what was written last is missing; put it back"):
+            check_log(tmp_path)
+    (tmp_path / "events.jsonl").unlink()
+    with pytest.raises(DamagedFile, match=r"what was written last is missing"):
+        check_log(tmp_path)
+
+
+def test_what_a_crash_leaves_of_a_log_is_whole(tmp_path: Path) -> None:
+    make_log(tmp_path)
+    noted = (tmp_path / LAST).read_bytes()
+    append_event(tmp_path, {"type": "trial", "iteration": 4})
+    (tmp_path / LAST).write_bytes(noted)  # a line that was not noted yet
+    check_log(tmp_path)
+    append_event(tmp_path, {"type": "trial", "iteration": 5})
+    with (tmp_path / "events.jsonl").open("a") as file:
+        file.write('{"time": 1.0, "type": "tri')
+    check_log(tmp_path)
+    append_event(tmp_path, {"type": "trial", "iteration": 6})
+    check_log(tmp_path)
+    assert [event["iteration"] for _, event in scan_events(tmp_path, "trial")] == list(range(7))
+
+
+@pytest.mark.parametrize("left", [None, b"", b"0123"])
+def test_a_note_that_is_none_is_as_if_there_were_none(tmp_path: Path, left: bytes | None) -> None:
+    make_log(tmp_path)
+    (tmp_path / LAST).unlink() if left is None else (tmp_path / LAST).write_bytes(left)
+    check_log(tmp_path)
+
+
+def test_a_rewritten_log_is_noted_anew(tmp_path: Path) -> None:
+    lines = [line.rstrip(b"\n") for line in make_log(tmp_path)]
+    rewrite_log(tmp_path, lines[1:])
+    check_log(tmp_path)
+    assert [event["iteration"] for _, event in scan_events(tmp_path, "trial")] == [1, 2, 3]
+
+
+def test_an_edited_config_is_named_by_its_fields(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    write_json(run / "run.json", {"format": FORMAT, "config": {"seed": 0}})
+    (run / "config.yaml").write_text("seed: 0\nworkers: 2\n")
+    assert read_config_values(run) == {"seed": 0, "workers": 2}
+    (run / "config.yaml").write_text("seed: 1\n")
+    told = r"^run 'run' cannot be read: its config\.yaml is not what the run was begun with \(seed\)$"
+    with pytest.raises(DamagedFile, match=told):
+        read_config_values(run)
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        ("{", r"run\.json is damaged: it is not JSON; put it back as it was, or make the run again with --config "),
+        ("[]", r"run\.json is damaged: it is not a JSON object; "),
+        ('{"thread_id": "1"}', r"^run 'run' is of another version of Billhook; begin it again$"),
+        (None, r"run\.json is missing: "),
+    ],
+)
+def test_what_a_run_says_of_itself_is_checked(tmp_path: Path, content: str | None, told: str) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    if content is not None:
+        (run / "run.json").write_text(content)
+    with pytest.raises(UserError, match=told):
+        read_made(run)

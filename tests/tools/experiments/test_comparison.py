@@ -361,23 +361,6 @@ def test_blocks_that_went_are_not_searched_again(tmp_path: Path, monkeypatch: py
     assert warnings == [f"{path} is damaged; the search begins anew"]
 
 
-def test_rows_of_an_earlier_version_by_equal_widths_are_called_so(tmp_path: Path, no_plot: None) -> None:
-    settings = make_settings("no-model", tmp_path, recipes="structured:equal,structured+refit:equal", sparsity="0.5")
-    known = make_comparison(settings, make_row("structured:flap"), make_row("structured+refit:flap")).model_dump()
-    del known["settings"]["evolution"]
-    write_json(tmp_path / "compare.json", known)
-    again, lines = run_comparison(settings)
-    assert [(row.recipe, row.allocation) for row in again.rows] == [
-        *(("structured:equal", "equal"), ("structured+refit:equal", "equal"))
-    ]
-    assert [line.partition(" at ")[0] for line in lines[1:3]] == ["structured:equal", "structured+refit:equal"]
-    again.rows[0].recipe, again.rows[0].allocation = "structured:flap", "flap"
-    write_json(tmp_path / "compare.json", again.model_dump())
-    assert read_comparison(tmp_path).rows[0].recipe == "structured:flap"
-    kept, _ = run_comparison(settings.model_copy(update={"recipes": "structured:flap"}))
-    assert kept.rows[0].recipe == "structured:flap"
-
-
 # --- going on ----------------------------------------------------------------------------------------------------
 
 

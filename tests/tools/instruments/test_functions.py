@@ -40,7 +40,7 @@ from tools.instruments.functions import (
     predict_all,
     probe,
 )
-from tools.instruments.probed import PastProbe, Probed, find_known
+from tools.instruments.probed import PastProbe
 from tools.models.layers import Layer
 from tools.plans.layer_profile import LEVELS, predict_layer_kl
 from tools.plans.recipe import Adjustment, Recipe, parse_recipe
@@ -84,8 +84,6 @@ def test_inspect_shows_the_whole_profile_of_what_a_selector_means(make_round: Ca
     assert float(now) == pytest.approx(figures["sparsity_now"], rel=0.01)
     assert figures["sparsity_now"] > 0.4, "the protected layers leave more to the others"
     assert float(peak) == pytest.approx(layer.peak, rel=0.01)
-    former = layer.model_copy(update={"peak": None})
-    assert tools.instruments.functions._describe_layer(former, 0.4).split()[5] == "?", "of an earlier version"
     assert [float(z) for z in (wanda_z, grad_z)] == pytest.approx([layer.wanda_z, layer.gradient_z], rel=0.01)
     assert [float(kl) for kl in kappa] == pytest.approx(layer.kappa, rel=0.01)
     assert list(figures["kl_together"].values()) == pytest.approx(layer.kappa, rel=1e-3)
@@ -427,21 +425,6 @@ def test_a_probe_is_kept_for_the_round(make_round: Callable[..., Round], monkeyp
         path.unlink()
     assert bench.evaluate(checkpoint, "validation", round_.profile, ignore) == kept, "to the bit"
     assert [(x.tokens, x.checkpoint == checkpoint) for x in round_.probed] == [(128, True), (128, False)]
-
-
-def test_what_an_earlier_version_probed_keeps_its_place_and_counts_as_not_measured(
-    make_round: Callable[..., Round],
-) -> None:
-    """It measured on the first windows, which are others."""
-    round_ = make_round()
-    probe(round_, [REFIT, WANDA])
-    former = [Probed.model_validate(x.model_dump(exclude={"windows"})) for x in round_.probed]
-    assert [(x.windows, x.tokens, x.line) for x in former] == [([], 0, "")] * 2
-    assert find_known(former, 128) == set()
-    later = replace(round_, probed=former)
-    figures = probe(later, [WANDA, Draft(sparsity=0.2, recipe=WANDA.recipe)])
-    assert [(x["probe"], [*x["kl_minus_probe"]]) for x in figures] == [(2, ["3"]), (3, ["2"])]
-    assert [x.tokens for x in later.probed] == [0, 128, 128]
 
 
 def test_probes_are_numbered_from_those_of_earlier_rounds_on(make_round: Callable[..., Round]) -> None:

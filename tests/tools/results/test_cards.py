@@ -19,6 +19,7 @@ def make_summary(settings: WorkbenchSettings, **changes: Any) -> Summary:
         **{"achieved_sparsity": 0.5, "perplexity": Perplexities(dense=10, pruned=12.34567, uniform_wanda=None)},
         **{"kl": 0.1, "iterations": 2, "rollbacks": 1, "seconds": 1.0, "peak_memory_bytes": 1, "mask_sha256": "ab"},
         "protocol": describe_protocol(settings),
+        **{"reach": Reach(of_blocks=1.0, of_model=0.8, prunable=8000), "kept": 1, "wanda_statistics": "sequential"},
     }
     return Summary.model_validate(fields | changes)
 
@@ -53,7 +54,7 @@ def test_of_files_on_this_machine_only_the_names_are_told(tmp_path: Path) -> Non
 
 
 def test_a_card_says_of_what_its_sparsity_is_a_share() -> None:
-    card = read_card(tiny_settings("tiny"), reach=Reach(of_blocks=0.03, of_model=0.025))
+    card = read_card(tiny_settings("tiny"), reach=Reach(of_blocks=0.03, of_model=0.025, prunable=8000))
     assert "# tiny, pruned to 50.00% of the 3.0% of its blocks' weights that are prunable" in card.content.splitlines()
     assert "Only 3.0% of the weights in the blocks are prunable, 2.5% of the whole model; all others" in card.content
 

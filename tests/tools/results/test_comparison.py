@@ -8,17 +8,15 @@ import xml.etree.ElementTree as ET
 from pathlib import Path
 
 import matplotlib.image
-import pytest
 from rich.console import Console
 
 from tests.comparisons import make_comparison, make_row, make_settings, run_comparison
 from tools.base.console import show_bars
-from tools.base.errors import UserError
 from tools.base.files import write_json
 from tools.experiments.comparison import compare
 from tools.plans.jobs import ALL_ALLOCATIONS, ALL_METHODS, list_jobs
 from tools.plans.recipe import parse_recipe
-from tools.results.comparison import REFERENCE, Row, describe, group_rows, rank_recipes, relative_degradation
+from tools.results.comparison import REFERENCE, describe, group_rows, rank_recipes, relative_degradation
 from tools.results.losses import Evaluation
 from tools.results.sparsity_curve import LABELLED
 
@@ -69,11 +67,11 @@ def test_the_description_says_what_was_measured(tmp_path: Path) -> None:
     assert lines[-7:] == [
         "## 50%",
         "",
-        "| recipe | sparsity | perplexity | × SparseGPT | KL | prune s | allocate s | tokens |",
-        "|---|---:|---:|---:|---:|---:|---:|---:|",
-        "| `refit:kappa` | 50.00% | 11.00 | 0.25 | 0.2500 ± 0.0100 | 1.5 | 2.2 | 65,536 |",
-        "| `sparsegpt:uniform` | 50.00% | 14.00 | 1.00 | 0.2500 ± 0.0100 | 1.5 | 0.0 | 0 |",
-        "| `wanda:owl` | 50.00% | not finite |  | not finite | 1.5 | 0.0 | 0 |",
+        "| recipe | sparsity | of the model | perplexity | × SparseGPT | KL | prune s | allocate s | tokens |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|---:|",
+        "| `refit:kappa` | 50.00% | 40.00% | 11.00 | 0.25 | 0.2500 ± 0.0100 | 1.5 | 2.2 | 65,536 |",
+        "| `sparsegpt:uniform` | 50.00% | 40.00% | 14.00 | 1.00 | 0.2500 ± 0.0100 | 1.5 | 0.0 | 0 |",
+        "| `wanda:owl` | 50.00% | 40.00% | not finite |  | not finite | 1.5 | 0.0 | 0 |",
     ]
 
 
@@ -104,48 +102,14 @@ def test_rows_of_a_search_say_how_long_it_was(tmp_path: Path) -> None:
     said = describe(make_comparison(make_settings("no-model", tmp_path), *rows))
     assert "Search: generations done, of those of EvoPress's setting (arXiv 2410.14649); " in said
     assert said.splitlines()[-4:] == [
-        "| recipe | sparsity | perplexity | × SparseGPT | KL | prune s | allocate s | tokens | search |",
-        "|---|---:|---:|---:|---:|---:|---:|---:|---:|",
-        "| `wanda~dense:evolution` | 50.00% | 12.50 |  | 0.2500 ± 0.0100 | 1.5 | 0.0 | 98,304 | "
+        "| recipe | sparsity | of the model | perplexity | × SparseGPT | KL | prune s | allocate s | tokens | search |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
+        "| `wanda~dense:evolution` | 50.00% | 40.00% | 12.50 |  | 0.2500 ± 0.0100 | 1.5 | 0.0 | 98,304 | "
         "3 of 400 generations of 16 children, 98,304 tokens |",
-        "| `wanda:owl` | 50.00% | 13.00 |  | 0.2500 ± 0.0100 | 1.5 | 0.0 | 0 |  |",
+        "| `wanda:owl` | 50.00% | 40.00% | 13.00 |  | 0.2500 ± 0.0100 | 1.5 | 0.0 | 0 |  |",
     ]
     earlier = describe(make_comparison(make_settings("no-model", tmp_path), make_row("wanda~dense:evolution")))
     assert "| search |" not in earlier and "Search: " not in earlier
-
-
-def test_a_row_of_an_earlier_version_is_read_by_its_true_name() -> None:
-    """There a label without a mark had dense statistics, whatever its method."""
-    names = {
-        "wanda:uniform": ("wanda~dense", "uniform", "dense"),
-        "sparsegpt~sequential:owl": ("sparsegpt", "owl", "sequential"),
-        "sparsegpt+refit~half:kappa@0.8": ("sparsegpt+refit~half~dense", "kappa@0.8", "dense"),
-        "refit~sequential:kappa": ("refit~sequential", "kappa", "sequential"),
-        "refit10:kappa-mask": ("refit10", "kappa-mask", "dense"),
-        "structured:flap": ("structured", "flap", None),
-    }
-    for former, (method, allocation, statistics) in names.items():
-        kept = make_row(former).model_dump(exclude={"statistics"})
-        row = Row.model_validate(kept)
-        assert (row.recipe, row.method) == (f"{method}:{allocation}", method)
-        assert (row.allocation, row.statistics) == (allocation, statistics)
-        assert Row.model_validate(row.model_dump()) == row
-
-
-def test_an_old_comparison_is_not_mixed_with_what_its_labels_mean_now(tmp_path: Path, no_plot: None) -> None:
-    settings = make_settings("no-model", tmp_path, recipes="sparsegpt~dense:uniform,refit:kappa", sparsity="0.5")
-    rows = [make_row("sparsegpt:uniform", perplexity=14.0), make_row("refit:kappa", perplexity=11.0)]
-    old = make_comparison(settings, *rows).model_dump()
-    for row in old["rows"]:
-        del row["statistics"]
-    write_json(tmp_path / "compare.json", old)
-    known, _ = run_comparison(settings)  # the dense row is there, by its new name
-    assert [row.recipe for row in known.rows] == ["sparsegpt~dense:uniform", "refit:kappa"]
-    assert [relative_degradation(row, known.rows) for row in known.rows] == [None, None]
-    assert "| `sparsegpt~dense:uniform` | 50.00% | 14.00 |  |" in (tmp_path / "compare.md").read_text(encoding="utf-8")
-    asked = settings.model_copy(update={"recipes": "sparsegpt:uniform"})
-    with pytest.raises(UserError, match="no-model"):
-        run_comparison(asked)  # that row has yet to be made
 
 
 def test_all_files_are_written_and_can_be_read(tmp_path: Path) -> None:

@@ -16,14 +16,14 @@ from tools.texts.written import deal_prompts, list_written
 
 
 def test_a_split_is_the_windows_of_one_text_after_another(tmp_path: Path) -> None:
-    named = name_texts(tmp_path, further_windows=1)
+    named = name_texts(tmp_path)
     both = cut_windows(tiny_settings("any", **named), make_tiny_tokenizer())
     assert both.texts == ("code", "prose")
-    assert [len(split) for split in both[:4]] == [8, 6, 4, 4]
+    assert [len(split) for split in both[:3]] == [8, 6, 4]
     for place, name in enumerate(both.texts):
         source = dict.fromkeys(("calibration", "validation", "test"), named["text"][name])
-        alone = cut_windows(tiny_settings("any", further_windows=1, **source), make_tiny_tokenizer())
-        for whole, own in zip(both[:4], alone[:4], strict=True):
+        alone = cut_windows(tiny_settings("any", **source), make_tiny_tokenizer())
+        for whole, own in zip(both[:3], alone[:3], strict=True):
             assert torch.equal(whole[place * len(own) : (place + 1) * len(own)], own)
     assert both.list_each("validation", range(1, 3)) == [1, 2, 4, 5]
     assert both.name_each("test", [0, 3, 1]) == ["code", "prose", "code"]
@@ -137,10 +137,9 @@ def test_what_is_written_is_asked_for_part_by_part() -> None:
         asked.append((part, prompts, tokens))
         return list(range(1000 * len(asked), 1000 * len(asked) + tokens))
 
-    settings = tiny_settings("any", text={"a": "self:A | B | C", "doc": "pydoc"}, further_windows=1)
+    settings = tiny_settings("any", text={"a": "self:A | B | C", "doc": "pydoc"})
     windows = cut_windows(settings, make_tiny_tokenizer(), write)
     assert asked == [
         *[("a calibration", ["A"], 4 * 64), ("a validation", ["B"], 3 * 64), ("a test", ["C"], 2 * 64)],
-        ("a further", ["B"], 2 * 64),
     ]
-    assert windows.calibration[3, -1] == 1000 + 4 * 64 - 1 and windows.further[0, 0] == 4000
+    assert windows.calibration[3, -1] == 1000 + 4 * 64 - 1

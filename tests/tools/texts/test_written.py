@@ -71,8 +71,8 @@ def test_bad_prompts_are_refused_before_anything_is_loaded(sources: dict[str, st
 
 
 def test_windows_that_the_model_writes_are_counted() -> None:
-    settings = tiny_settings("any", calibration="self", validation="self:A", further_windows=5)
-    assert list_written(settings) == {"calibration": 4, "validation": 3, "further": 10}
+    settings = tiny_settings("any", calibration="self", validation="self:A")
+    assert list_written(settings) == {"calibration": 4, "validation": 3}
     assert list_written(tiny_settings("any")) == {}
     mixed = settings.model_copy(update={"questions": "hub:qa:train", "calibration_mix": 0.5})
     assert list_written(mixed)["calibration"] == 2

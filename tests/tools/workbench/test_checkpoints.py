@@ -5,9 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-import torch
 
 import tools.statistics.pruned
 from billhook_kernels.guard import Pruned
@@ -154,32 +152,6 @@ def test_an_artifact_that_comes_out_different_is_refused(
     assert str(refusal.value) == (
         f"layer {name} of checkpoint {checkpoint[:12]} is damaged and does not come out the same again"
     )
-
-
-@pytest.mark.parametrize("recipe", [REFIT, MASK])
-def test_a_checkpoint_of_an_earlier_version_comes_back_even_where_an_artifact_is_gone(
-    bench: Workbench, warnings: list[str], recipe: Recipe
-) -> None:
-    profile = bench.profile(ignore)
-    checkpoint = prune(bench, profile, 0.4, recipe)
-    weights = snapshot(bench)
-    manifest = bench.store.read_json(checkpoint)
-    for name, record in manifest["layers"].items():
-        keep_OI = bench.by_name[name].weight_OI != 0
-        earlier = {"mask": torch.from_numpy(np.packbits(keep_OI.numpy().reshape(-1), bitorder="little"))}
-        if recipe.changes_survivors:
-            earlier["values"] = bench.by_name[name].weight_OI[keep_OI]
-        record["artifact"] = bench.store.write_tensors(earlier)
-    earlier_checkpoint = bench.store.write_json(manifest)
-    assert earlier_checkpoint != checkpoint
-    gone = bench.layers[4].name
-    artifact_path(bench, earlier_checkpoint, gone).unlink()
-    for again in range(2):
-        bench.restore(DENSE)
-        assert len(bench.restore(earlier_checkpoint)) == 14
-        assert same(snapshot(bench), weights)
-        assert bench.restore(earlier_checkpoint) == []
-        assert len(warnings) == again + 1 and warnings[again].endswith(f"; layer {gone} is computed again")
 
 
 def test_damage_beyond_repair_is_refused_and_named(bench: Workbench, warnings: list[str]) -> None:

@@ -2,21 +2,16 @@
 
 import shutil
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 import tools.workbench.losses
-from tests.benches import MASK, REFIT, artifact_path, damage, ignore, open_bench, plan, prune, same, snapshot
+from tests.benches import MASK, REFIT, artifact_path, damage, ignore, plan, prune, same, snapshot
 from tests.team import join_team
-from tests.tiny import make_tiny_tokenizer, tiny_settings
 from tools.measure.losses import PrefixCache
-from tools.models.disk import list_disk
 from tools.plans.recipe import Adjustment
 from tools.plans.work_order import order_allocation
-from tools.texts.windows import cut_windows
 from tools.workbench.bench import Workbench
 from tools.workbench.losses import Losses, MeasuredText
 from tools.workbench.store import DENSE
@@ -169,33 +164,3 @@ def test_a_layer_damaged_before_it_travels_is_made_again(
     assert team.handed == [("MeasureLosses", 0)], "the others are measured one after another"
     assert len(warnings) == 1 and "computed again" in warnings[0]
     assert same(snapshot(bench), weights)
-
-
-def test_further_windows_are_measured_once_and_by_a_team_to_the_same_bits(
-    tiny_llama: Path, tmp_path: Path, workbench_closed: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    bench = open_bench(tiny_settings(tiny_llama, further_windows=3), tmp_path / "run")
-    assert len(bench.windows.further) == 6
-    (line,) = [x for x in list_disk(bench.model, bench.layers, bench.settings) if "further windows" in x.what]
-    assert line.bytes == bench.windows.further.numel() * bench.model.config.hidden_size * 4
-    profile = bench.profile(ignore)
-    checkpoint = prune(bench, profile, 0.5, MASK)
-    first, second = (bench.evaluate_further(checkpoint, windows, ignore) for windows in (range(3), range(3, 6)))
-    assert first.finite and first.mean_kl is not None and first.mean_kl > 0.01 and first.kl != second.kl
-    assert bench.evaluate_further(DENSE, range(3), ignore).mean_kl == pytest.approx(0, abs=1e-6)
-    with monkeypatch.context() as patch:
-        patch.setattr(tools.workbench.losses, "evaluate_windows", pytest.fail)
-        assert bench.evaluate_further(checkpoint, range(3), ignore) == first
-    shutil.rmtree(bench.directory / "evaluations")
-    (bench.directory / "evaluations").mkdir()
-    join_team(bench)
-    assert bench.evaluate_further(checkpoint, range(3), ignore) == first
-
-
-def test_further_windows_leave_all_other_text_as_it_was(tiny_llama: Path) -> None:
-    tokenizer = make_tiny_tokenizer()
-    settings = tiny_settings(tiny_llama)
-    few, more = (cut_windows(x, tokenizer) for x in (settings, tiny_settings(tiny_llama, further_windows=2)))
-    for split in ("calibration", "validation", "test"):
-        assert torch.equal(getattr(few, split), getattr(more, split))
-    assert (len(few.further), len(more.further)) == (0, 4)

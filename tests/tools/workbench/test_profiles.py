@@ -12,7 +12,7 @@ from torch import Tensor
 import tools.workbench.profiles
 from tests.benches import MASK, REFIT, artifact_path, damage, ignore, open_bench, plan, prune, same, snapshot
 from tests.team import join_team
-from tools.base.errors import DamagedArtifact, ImpossiblePlan, UserError
+from tools.base.errors import ImpossiblePlan, UserError
 from tools.plans.allocate import allocate
 from tools.plans.mix import mix_questions
 from tools.plans.recipe import Recipe, parse_recipe
@@ -257,10 +257,3 @@ def test_a_mixture_is_of_the_dense_model_whatever_was_profiled_again(
         again = bench.profile(ignore, first=again)
         assert bench.read_profile(again).first == profile
         assert bench.describe_layers(again, recipe, ignore) == expected
-
-
-def test_a_profile_that_an_earlier_version_made_of_another_text_is_told(asking: Any, tmp_path: Path) -> None:
-    bench = open_bench(asking, tmp_path / "run")
-    stored = bench.read_profile(bench.profile(ignore)).model_dump() | {"calibration": "quarter"}
-    with pytest.raises(DamagedArtifact, match=r"^profile [0-9a-f]{12} is of an earlier version; begin a new run$"):
-        bench.read_profile(bench.store.write_json(stored))

@@ -26,7 +26,7 @@ from tools.workbench.store import DENSE
 
 @pytest.fixture
 def named(tiny_llama: Path, tmp_path: Path, workbench_closed: None) -> Workbench:
-    settings = tiny_settings(tiny_llama, **name_texts(tmp_path), further_windows=2, calibration_windows=5)
+    settings = tiny_settings(tiny_llama, **name_texts(tmp_path), calibration_windows=5)
     return open_bench(settings, tmp_path / "named")
 
 
@@ -41,7 +41,6 @@ def test_each_text_is_measured_as_by_a_run_of_it_alone(named: Workbench) -> None
     profile = named.profile(ignore)
     checkpoint = prune(named, profile, 0.4)
     whole = {split: named.evaluate(checkpoint, split, profile, ignore) for split in ("validation", "test")}
-    further = named.evaluate_further(checkpoint, range(1, 3), ignore)
     weights = snapshot(named)
     for name in ("code", "prose"):
         alone = open_one(named, name)
@@ -54,8 +53,6 @@ def test_each_text_is_measured_as_by_a_run_of_it_alone(named: Workbench) -> None
             whole["validation"].take_text(name) == alone.losses.measure("validation", range(3), hidden, "", ignore)[0]
         )
         assert whole["test"].take_text(name).nll == alone.losses.measure("test", range(2), None, "", ignore)[0].nll
-        found = alone.losses.measure("further", range(1, 3), None, "", ignore)[0]
-        assert further.take_text(name).nll == found.nll
     code, prose = list_texts(whole["validation"])
     assert whole["validation"].mean_kl == pytest.approx(0.75 * code.kl + 0.25 * prose.kl, rel=1e-12)
 

@@ -12,7 +12,6 @@ from tools.results.page.figures import Cell, Prediction
 from tools.results.page.record import Layers, Record, Trial
 from tools.results.schema import CutResult, Knowledge, Score, Summary
 from tools.results.sentences import (
-    describe_finalists,
     describe_result,
     name_text,
     relate_to_wanda,
@@ -48,8 +47,7 @@ def describe_run(record: Record) -> list[str]:
     if record.summary:
         last = f"The plan that was kept: {kept.plan}" if kept and changed else "No plan was kept, so nothing was pruned"
         why = f"; the loop ended because {record.stop}" if record.stop else ""
-        finalists = describe_finalists(record.summary.finalists, record.summary.kept)
-        return [describe_result(record.summary), f"{last}{why}.", *([finalists] if finalists else [])]
+        return [describe_result(record.summary), f"{last}{why}."]
     most = record.config.get("max_iterations")
     undone = sum(t.verdict == "rollback" for t in record.trials)
     said = [
@@ -111,7 +109,7 @@ def _list_gains(cut: CutResult) -> list[tuple[str, str, str]]:
 
 def _say_of_what(aim: str, summary: Summary) -> str:
     reach = summary.reach
-    return aim if reach is None or reach.is_nearly_all else f"{aim}, of {reach.of_blocks:.1%} of the blocks' weights"
+    return aim if reach.is_nearly_all else f"{aim}, of {reach.of_blocks:.1%} of the blocks' weights"
 
 
 def list_row(record: Record) -> list[str]:

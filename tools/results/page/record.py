@@ -10,7 +10,7 @@ from pydantic import BaseModel, BeforeValidator, Field, FiniteFloat, TypeAdapter
 from tools.base.errors import DamagedArtifact, UserError, in_one_line
 from tools.base.files import find_artifact
 from tools.base.made import read_config_values, read_made, read_result
-from tools.base.rundir import check_log, is_torn, refuse_lost_result, scan_events
+from tools.base.rundir import check_log, refuse_lost_result, scan_events
 from tools.plans.layer_profile import LayerProfile
 from tools.results.schema import Summary, TextFigures, Usage
 
@@ -163,8 +163,6 @@ class Record(BaseModel):
     @property
     def kept(self) -> Trial | None:
         """The trial whose weights were kept; the dense model's before the first."""
-        if self.summary and self.summary.kept:
-            return next((t for t in self.trials if t.iteration == self.summary.kept), self.dense)
         return next((t for t in reversed(self.trials) if t.verdict == "accept"), self.dense)
 
 
@@ -176,7 +174,6 @@ def read_run(directory: Path) -> Record:
         name=directory.resolve().name,
         config=_read_config(directory),
         summary=read_summary(directory),
-        unread=is_torn(directory),
     )
     check_log(directory)
     refuse_lost_result(directory)
@@ -196,7 +193,7 @@ def read_run(directory: Path) -> Record:
 
 
 def read_summary(directory: Path) -> Summary | None:
-    """What `summary.json` of a run says; None where there is none. Raises BrokenSeal, UserError."""
+    """What `summary.json` of a run says; None where there is none. Raises UserError."""
     try:
         result = read_result(directory)
         return None if result is None else Summary.model_validate(result)
@@ -205,10 +202,9 @@ def read_summary(directory: Path) -> Summary | None:
 
 
 def _read_config(directory: Path) -> dict[str, Any]:
-    """`config.yaml`, as far as `run.json` vouches for it; empty where an earlier version left none."""
-    made = read_made(directory)
-    values = read_config_values(directory) if made.mark or (directory / "config.yaml").is_file() else {}
-    return values if made.config is None else {name: value for name, value in values.items() if name in made.config}
+    """`config.yaml`, as far as the run was begun with it."""
+    begun = read_made(directory)["config"]
+    return {name: value for name, value in read_config_values(directory).items() if name in begun}
 
 
 _PROFILE = TypeAdapter(list[LayerProfile])

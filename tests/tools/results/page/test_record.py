@@ -6,7 +6,6 @@ import pytest
 
 from tests.made_runs import add_round, begin_run, make_layers
 from tools.base.rundir import append_event
-from tools.base.seals import write_sealed
 from tools.results.page.page import write_page
 from tools.results.page.record import read_run
 from tools.workbench.store import ArtifactStore
@@ -28,13 +27,3 @@ def test_a_profile_of_another_form_is_told(tmp_path: Path) -> None:
     append_event(run, {"type": "profile", "profile": profile})
     with pytest.raises(ValueError, match=r"the profile of .*odd cannot be read: "):
         write_page([run])
-
-
-def test_of_the_config_only_what_is_vouched_for_is_told(tmp_path: Path) -> None:
-    run = begin_run(tmp_path / "sealed", make_layers())
-    told = read_run(run).config
-    assert told.pop("memory") is not None, "all of it, in a run of an earlier version"
-    write_sealed(run / "run.json", {"mark": "a1", "config": told}, "run.json")
-    with (run / "config.yaml").open("a") as file:
-        file.write("memory: tru\nplanner_priae_output: 0.0\n")
-    assert read_run(run).config == told
