@@ -71,7 +71,6 @@ class Trial(BaseModel):
     adjustments: list[Adjustment] = Field(
         [], exclude_if=operator.not_, description="Corrections to the allocation that it asked for."
     )
-    expression: str = Field("", exclude_if=operator.not_, description="Factors on KL curves that it asked for.")
     cut: Cutting | None = Field(
         None, exclude_if=lambda cut: cut is None, description="How it was to be shared out, where whole parts went."
     )

@@ -144,7 +144,7 @@ class Arm:
 
     def _resolve(self, plan: Plan, read: Callable[[str, Recipe, "Progress"], list[LayerProfile]]) -> WorkOrder:
         layers = gather_layers(plan, self.config, lambda recipe: read(self.profile, recipe, self.progress))
-        return resolve(plan, layers, self.config, self.bench.read_profile(self.profile).layers)
+        return resolve(plan, layers, self.config)
 
     def _measure(self, checkpoints: list[str]) -> list[Evaluation | None]:
         """Losses on the validation text; None of what breaks."""

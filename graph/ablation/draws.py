@@ -7,9 +7,8 @@ import numpy as np
 
 from graph.config import RunConfig
 from graph.planning.plan import Plan
-from tools.plans.expression import list_parts
 from tools.plans.groups import Group, GroupRecipe
-from tools.plans.layer_profile import LEVELS, LayerProfile, group_layers
+from tools.plans.layer_profile import LayerProfile, group_layers
 from tools.plans.methods import METHODS, MOST_STEPS
 from tools.plans.mix import Mix, read_mix
 from tools.plans.recipe import Adjustment, Recipe
@@ -63,14 +62,11 @@ def draw_plan(layers: Sequence[LayerProfile], config: RunConfig, number: int) ->
     count = draws.leave(0, range(1, min(MOST_ADJUSTED, len(groups)) + 1))
     chosen = draws.generator.choice(len(groups), count, replace=False)
     adjustments = [_draw_adjustment(groups[place], recipe, config, draws) for place in sorted(chosen.tolist())]
-    expression = draws.leave("", [_draw_expression(layers, draws)] if recipe.reads_curves else [])
     own = _draw_groups(layers, recipe, config, draws)  # late, for which plans without them stay as they were
     recipe = recipe.model_copy(update={"damping": draws.leave(usual.damping, DAMPINGS)})
     if config.mixable:
         recipe = recipe.model_copy(update={"mix": draws.leave(usual.mix, [_draw_mix(config.mixable, draws)])})
-    return Plan(
-        sparsity=config.target_sparsity, recipe=recipe, groups=own, adjustments=adjustments, expression=expression
-    )
+    return Plan(sparsity=config.target_sparsity, recipe=recipe, groups=own, adjustments=adjustments)
 
 
 def _draw_mix(texts: Sequence[str], draws: _Draws) -> Mix:
@@ -78,20 +74,6 @@ def _draw_mix(texts: Sequence[str], draws: _Draws) -> Mix:
     shares = draws.generator.dirichlet(np.ones(len(texts)))
     mix: Mix = read_mix(dict(zip(texts, shares.tolist(), strict=True)))
     return mix
-
-
-def _draw_expression(layers: Sequence[LayerProfile], draws: _Draws) -> str:
-    """A formula of one column or two, whose factors lie where those of groups do, or nearly."""
-    weight, part, level = draws.between(-0.5, 0.5), draws.pick(list_parts(layers)), round(100 * draws.pick(LEVELS))
-    forms = (
-        f"exp({weight} * wanda_z)",
-        f"exp({weight} * grad_z)",
-        f"exp({2 * weight:.3f} * (depth - 0.5))",
-        f"1 + {weight} * {part}",
-        f"smooth(kl{level}) / kl{level}",
-        f"where({part}, smooth(kl{level}) / kl{level}, 1)",
-    )
-    return str(draws.pick(forms))
 
 
 def _draw_groups(layers: Sequence[LayerProfile], recipe: Recipe, config: RunConfig, draws: _Draws) -> list[Group]:

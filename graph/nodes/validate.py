@@ -107,7 +107,6 @@ def measure_trial(bench: "Workbench", state: State, order: WorkOrder, session: S
         recipe=None if order.cut else state.plan.recipe,
         groups=state.plan.groups,
         adjustments=state.plan.adjustments,
-        expression=state.plan.expression,
         cut=state.plan.cut,
         seconds=round(session.elapsed, 3),
     )

@@ -34,7 +34,6 @@ from tools.base.names import hide_directories, hide_path
 from tools.base.words import round_seconds, show_short
 from tools.plans.budget import same_sparsity
 from tools.plans.cuts import Parts
-from tools.plans.expression import FUNCTIONS, list_columns, list_parts
 from tools.plans.groups import drop_null
 
 MAX_TRIALS = 12
@@ -103,7 +102,6 @@ def planner_messages(situation: Situation, toolbox: Toolbox | None = None) -> li
         return _cut_messages(situation, situation.parts, toolbox)
     parts = [
         describe_groups(situation) if toolbox else describe_layers(situation),
-        *([_describe_columns(situation)] if not situation.config.pattern else []),
         _describe_model(situation),
         _describe_bounds(situation),
         _describe_trials(situation),
@@ -194,16 +192,6 @@ def _tell_tools(config: RunConfig) -> str:
         return read_prompt("cuts_tools")
     text = read_prompt("planner_tools")
     return re.sub(r"^- `candidates\(.*\n", "", text, flags=re.MULTILINE) if config.planner_unaided else text
-
-
-def _describe_columns(situation: Situation) -> str:
-    """What an expression may name: constant through a run."""
-    parts = list_parts(situation.layers)
-    figures = [name for name in list_columns(situation.layers) if name not in parts]
-    return (
-        f"`expression`: + - * / **, comparisons, {' '.join(FUNCTIONS)} (over blocks) of {' '.join(figures)}; "
-        f"0 or 1: {' '.join(parts)}."
-    )
 
 
 def _describe_model(situation: Situation) -> str:

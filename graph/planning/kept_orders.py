@@ -89,4 +89,4 @@ def resolve_again(bench: "Workbench", state: State, progress: "Progress") -> Wor
     if state.parts:
         return order_cut(state.plan, bench.cuts.read(state.parts), profile, describe_plan(state.plan))
     layers = gather_layers(state.plan, state.config, measure_with(bench, state.profile, state.current, progress))
-    return resolve(state.plan, layers, state.config, profile)
+    return resolve(state.plan, layers, state.config)

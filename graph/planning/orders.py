@@ -22,7 +22,6 @@ from tools.base.errors import ImpossiblePlan, UserError
 from tools.plans.allocate import allocate
 from tools.plans.costs import count_polish
 from tools.plans.cuts import Cutting, Parts
-from tools.plans.expression import evaluate_expression, tidy_expression
 from tools.plans.groups import identify_group, refuse_two_polishes, refuse_two_walks
 from tools.plans.layer_profile import LayerProfile, predict_kl
 from tools.plans.lines import describe_levers
@@ -64,13 +63,11 @@ def find_lesson_factors(plan: Plan, lessons: Sequence[Lesson], layers: Layers, c
     return find_factors(lessons, layers, recipe, plan.sparsity, config.calibration_text, plan.groups)
 
 
-def resolve(plan: Plan, layers: Layers, config: RunConfig, profile: Layers | None = None) -> WorkOrder:
+def resolve(plan: Plan, layers: Layers, config: RunConfig) -> WorkOrder:
     """For every layer its recipe and its exact number of zeros, within the config's bounds. Raises ImpossiblePlan.
 
-    Lessons multiply the KL curves of `layers` first, and the plan's own factors come on top. An expression reads the
-    `profile`, as planners do, so that it says the same whatever curves are shared out by; where that is left out, it
-    is `layers`. The predicted KL is that of the curves as they are. The order's id says nothing of multipliers: they
-    change no weight but by the zeros.
+    Lessons multiply the KL curves of `layers` first, and the plan's own factors come on top. The predicted KL is
+    that of the curves as they are. The order's id says nothing of multipliers: they change no weight but by the zeros.
     """
     if plan.recipe.pattern and not config.pattern:
         raise ImpossiblePlan(f"pattern {plan.recipe.pattern} of the whole plan is the user's to say; give it in groups")
@@ -82,7 +79,6 @@ def resolve(plan: Plan, layers: Layers, config: RunConfig, profile: Layers | Non
         plan.sparsity,
         recipe,
         plan.adjustments,
-        factors=_list_factors(plan, profile or layers),
         protect=config.protect,
         max_layer_sparsity=config.max_layer_sparsity,
         patterns={name: other.group for name, other in others.items() if other.group},
@@ -111,11 +107,6 @@ def refuse_impossible_target(layers: Layers, config: RunConfig) -> None:
             else f"see target_sparsity, max_layer_sparsity ({config.max_layer_sparsity:g}) and protect"
         )
         raise UserError(f"the target cannot be met: {error}; {advice}") from error
-
-
-def _list_factors(plan: Plan, profile: Layers) -> list[float]:
-    """What the plan's expression gives each layer; nothing without one. Raises ImpossiblePlan."""
-    return evaluate_expression(plan.expression, profile).tolist() if plan.expression else []
 
 
 def count_polish_tokens(recipe: Recipe, config: RunConfig) -> int:
@@ -187,7 +178,7 @@ class Orders:
         curves = self._find_curves(plan)
         key = plan.model_dump_json(exclude=WORDS | {"reprofile"}), curves.exact
         if key not in self._drafts:
-            self._drafts[key] = resolve(plan, curves.layers, self.config, self.layers)
+            self._drafts[key] = resolve(plan, curves.layers, self.config)
         return self._drafts[key]
 
     def identify(self, plan: Plan) -> str:
@@ -248,9 +239,7 @@ def measure_with(bench: "Workbench", profile: str, present: str, progress: "Prog
 def hash_request(plan: Plan) -> str:
     """SHA-256 of what a plan asks for, lessons aside: sparsity (to a tenth of a percent), recipes, factors, bounds."""
     adjustments = [[" ".join(a.selector.split()), a.action, a.factor, a.low, a.high] for a in plan.adjustments]
-    parts: list[Any] = [round(plan.sparsity, 3), plan.recipe.label, adjustments]  # those without more are named as ever
-    if plan.expression:
-        parts.append(tidy_expression(plan.expression))
+    parts: list[Any] = [round(plan.sparsity, 3), plan.recipe.label, adjustments]
     if plan.groups:
         parts.append([identify_group(group, plan.recipe) for group in plan.groups])
     if plan.new_texts:

@@ -11,11 +11,10 @@ from pydantic.json_schema import SkipJsonSchema
 from graph.goals.schema import MOST_TEXTS, NewText
 from graph.reflecting.schema import MOST
 from tools.plans.cuts import Cutting
-from tools.plans.expression import Expression
 from tools.plans.groups import MAX_GROUPS, Group, GroupRecipe
 from tools.plans.recipe import MAX_ADJUSTMENTS, Adjustment, Recipe
 
-ONLY_ZEROS = ("recipe", "groups", "adjustments", "expression", "new_texts", "reprofile")
+ONLY_ZEROS = ("recipe", "groups", "adjustments", "new_texts", "reprofile")
 """What a plan says of single weights, and has no part in a cut."""
 
 WORDS = {"hypothesis", "reason"}
@@ -69,12 +68,6 @@ class Plan(BaseModel):
         max_length=MAX_ADJUSTMENTS,
         description="Corrections to the allocation for groups of layers, at no cost. An empty list trusts the KL "
         "curves.",
-    )
-    expression: Expression = Field(
-        "",
-        exclude_if=operator.not_,
-        description="Factors on KL curves, such as where(v_proj, smooth(kl60)/kl60, 1), beneath adjustments, at no "
-        "cost; only ratios count.",
     )
     cut: SkipJsonSchema[Cutting | None] = Field(  # planners of runs that cut are told of it, and of little else
         None,

@@ -8,7 +8,7 @@ from graph.state import Trial
 from tools.base.words import spare_brackets
 from tools.plans.recipe import Recipe
 
-LEVERS = {"groups", "adjustments", "expression", "cut"}
+LEVERS = {"groups", "adjustments", "cut"}
 """What a plan, and its trial, says beside sparsity and recipe."""
 
 

@@ -73,7 +73,6 @@ def _make_trial(
         recipe=None if plan.cut else plan.recipe,
         groups=plan.groups,
         adjustments=plan.adjustments,
-        expression=plan.expression,
         cut=plan.cut,
         seconds=round(seconds, 3),
     )

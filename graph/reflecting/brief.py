@@ -125,8 +125,6 @@ def _describe_plan(plan: Plan, trial: Trial) -> str:
     if plan.hypothesis:
         lines.append(f"expected: {quote_data(plan.hypothesis, MOST_HYPOTHESIS)}")
     lines += [f"group: {quote_data(describe_group(group, plan.recipe), 160)}" for group in plan.groups]
-    if plan.expression:
-        lines.append(f"every layer's KL curve counted {quote_data(plan.expression, 200)} times")
     for adjustment in plan.adjustments[:MAX_LESSONS]:
         values = {k: v for k, v in adjustment.model_dump().items() if v is not None and k not in ("selector", "reason")}
         figures = ", ".join(f"{key} {value}" for key, value in values.items())

@@ -65,5 +65,5 @@ def _show(value: Any) -> str:
 
 
 def _find_rest(trial: Trial, recipe: Recipe) -> str:
-    """What a plan's line says behind its recipe, lessons aside: groups of layers, an expression, adjustments."""
+    """What a plan's line says behind its recipe, lessons aside: groups of layers, adjustments."""
     return drop_lessons(trial.plan).partition(recipe.label)[2].strip(" ·")

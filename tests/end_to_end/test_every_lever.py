@@ -33,7 +33,7 @@ PLANS: list[dict[str, Any]] = [
             "sparsity": 0.3,
             "recipe": {**FINE, "strength": 0.9, "statistics": "sequential"},
         },
-        **{"groups": GROUPS, "adjustments": CORRECTIONS, "expression": "exp(0.5*wanda_z)", "reason": "All at once."},
+        **{"groups": GROUPS, "adjustments": CORRECTIONS, "reason": "All at once."},
     },
     {"sparsity": 0.45, "recipe": {**FINE, "statistics": "sequential"}, "reprofile": True},
     {"sparsity": 0.45, "recipe": {"method": "sparsegpt", "refit": True, "curves": "method", "allocation": "uniform"}},

@@ -21,7 +21,7 @@ from tools.plans.selectors import MOST_SELECTOR
 # Spelt out, the plan's schema would be sent once more for each tool that takes one.
 _SCHEMA: dict[str, Any] = {
     "type": "object",
-    "description": "A plan: its sparsity, recipe, groups, adjustments, expression; alone.",
+    "description": "A plan: its sparsity, recipe, groups, adjustments; alone.",
 }
 DraftArgument = Annotated[Draft, WithJsonSchema(_SCHEMA)]
 OneDraftArgument = Annotated[Draft | None, WithJsonSchema(_SCHEMA)]

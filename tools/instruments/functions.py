@@ -19,7 +19,6 @@ from tools.instruments.comparisons import Figures, compare_probes, find_best_who
 from tools.instruments.probed import PastProbe, Probed, count_rest, find_known, remember_probe
 from tools.measure.texts import list_texts
 from tools.plans.cuts import Cutting
-from tools.plans.expression import Expression
 from tools.plans.groups import MAX_GROUPS, Group
 from tools.plans.layer_profile import LEVELS, LayerProfile, predict_kl
 from tools.plans.recipe import MAX_ADJUSTMENTS, Adjustment, Recipe
@@ -61,7 +60,6 @@ class Draft(BaseModel):
     adjustments: list[Adjustment] = Field(
         default_factory=list, max_length=MAX_ADJUSTMENTS, description="Corrections for groups of layers."
     )
-    expression: Expression = Field("", description="A formula that gives every layer a factor on its KL curve.")
     cut: Cutting | None = Field(
         None, exclude_if=lambda cut: cut is None, description="How it is shared out, where whole parts go."
     )

@@ -31,7 +31,6 @@ def allocate(
     recipe: Recipe,
     adjustments: Sequence[Adjustment] = (),
     *,
-    factors: Sequence[float] = (),
     protect: Sequence[str] = (),
     max_layer_sparsity: float = 1.0,
     patterns: Mapping[str, Pattern] | None = None,
@@ -39,7 +38,7 @@ def allocate(
     """Share `sparsity` out over the layers, exactly to the weight.
 
     `recipe.allocation` says how (`tools.plans.rules`), and `recipe.strength` mixes any rule with uniform.
-    `factors`, one for each layer where there are any, weigh the KL curves, and those of adjustments come on top.
+    Factors of adjustments weigh the KL curves.
 
     With `recipe.pattern` N:M every layer that is not protected gets N zeros of every M weights instead, whatever the
     allocation and its strength; `sparsity` has to agree with what that makes of the model. With `patterns` the layers
@@ -49,7 +48,7 @@ def allocate(
     allocation or pattern needs, or factors are given that would count for nothing.
     """
     patterns = dict.fromkeys((layer.name for layer in layers), recipe.group) if recipe.group else patterns or {}
-    if len(factors) or any(a.action == "factor" for a in adjustments):
+    if any(a.action == "factor" for a in adjustments):
         _refuse_idle_factors(recipe)
     _refuse_factors_of_patterns(adjustments, layers, patterns)
     sizes = np.array([layer.weights for layer in layers], dtype=np.float64)
@@ -62,8 +61,7 @@ def allocate(
         zeros = least
         _refuse_other_sparsity(zeros.sum() / sizes.sum(), sparsity, recipe)
     else:
-        own = [([place], factor) for place, factor in enumerate(factors)]
-        own += [(_find_layers(a.selector, layers), a.factor or 1.0) for a in adjustments if a.action == "factor"]
+        own = [(_find_layers(a.selector, layers), a.factor or 1.0) for a in adjustments if a.action == "factor"]
         budget = Budget(layers, sizes, round(sparsity * sizes.sum()), least / sizes, most / sizes, own)
         _refuse_impossible(budget.zeros, sizes.sum(), least.sum(), most.sum(), "patterns, " if patterned else "")
         zeros = round_to_budget(_share_out(budget, recipe) * sizes, budget.zeros, least, most)

@@ -31,7 +31,7 @@ class LayerProfile(BaseModel):
     peak: float | None = Field(
         None,
         description="Share of the one strongest input channel in the mean squares of all: near 1 where activations are "
-        "massive (arXiv 2402.17762); null where it was not recorded.",
+        "massive (arXiv 2402.17762); null where nothing was measured.",
     )
     outliers: float | None = Field(
         None, description="OWL's D of the layer's block, the same for all its layers: percentage of far-out scores."

@@ -5,7 +5,6 @@ from typing import Protocol
 
 from tools.base.words import shorten
 from tools.plans.cuts import Cutting, describe_cutting
-from tools.plans.expression import tidy_expression
 from tools.plans.groups import Group, describe_group
 from tools.plans.recipe import Adjustment, Recipe
 
@@ -18,7 +17,6 @@ class Levers(Protocol):
 
     sparsity: float
     recipe: Recipe
-    expression: str
 
     @property
     def groups(self) -> Sequence[Group]: ...
@@ -35,7 +33,6 @@ def describe_levers(plan: Levers) -> str:
     line = f"{plan.sparsity:.1%} {plan.recipe.label}"
     for told in (
         [describe_group(group, plan.recipe) for group in plan.groups],
-        [f"layers x {shorten(tidy_expression(plan.expression), 80)}"] if plan.expression else [],
         [_describe_adjustment(adjustment) for adjustment in plan.adjustments],
     ):
         left_out = len(told) - MOST_NAMED

@@ -154,20 +154,6 @@ ADJUSTMENTS = sometimes(
     selector=SELECTORS,
     action=st.sampled_from(["factor", "bounds", "protect", "drop"]),
 )
-EXPRESSIONS = st.sampled_from(
-    [
-        "exp(wanda_z)",
-        "smooth(kl60) / kl60",
-        "1 + v_proj",
-        "-depth",
-        "k60",
-        "a.b",
-        "9**9**9",
-        "(" * 150,
-        "1" * 300,
-        HOSTILE,
-    ]
-)
 ROUNDS = st.sampled_from([0, 1, 2, 10**400, -1, "1", None])
 
 TOO_MANY = [{"selector": "*", "action": "protect"}] * 100
@@ -176,7 +162,6 @@ PLANS = sometimes(
         "recipe": RECIPES | JUNK,
         "groups": st.lists(GROUPS, max_size=2) | st.just([{"selector": "*", "recipe": {}}] * 9) | JUNK,
         "adjustments": st.lists(ADJUSTMENTS, max_size=3) | st.just(TOO_MANY) | JUNK,
-        "expression": EXPRESSIONS | JUNK,
         "cut": sometimes({"blocks": ROUNDS, "heads": ROUNDS, "refit": st.booleans(), "protect": SELECTORS}) | JUNK,
         "alone": SELECTORS | JUNK,
         "new_texts": st.just([{"name": "code", "prompts": ["Write code."], "weight": 1}]) | JUNK,
@@ -201,7 +186,6 @@ GOOD_PLANS = sometimes(
             ]
         ),
         "adjustments": st.just([{"selector": "blocks 0", "action": "bounds", "low": 0.1, "high": 0.7}]),
-        "expression": st.sampled_from(["", "exp(wanda_z)"]),
         "reason": st.just(HOSTILE),
     },
     sparsity=st.sampled_from([0.2, 0.3, 0.45]),

@@ -47,7 +47,6 @@ VALUES: dict[str, Any] = {
         recipe=Recipe(method="wanda", refit=False),
         groups=[GROUP],
         adjustments=[Adjustment(selector="*.v_proj", action="factor", factor=2.0, reason="they hurt")],
-        expression="exp(0.2 * wanda_z)",
         new_texts=[PlannedText(name="songs", prompts=["La", "Le", "Li"], weight=0.5)],
         reason="small steps",
     ),

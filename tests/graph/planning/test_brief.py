@@ -334,7 +334,7 @@ def test_every_lever_says_in_the_schema_what_it_does() -> None:
         told = {key: value for key, value in own.get(name, {}).items() if key in field}
         assert field == told or list(field) == ["description", "type"], "what it does is told with the recipe"
     assert all(len(field["description"].split()) >= 3 for field in fields)
-    levers = own | {name: schema["properties"][name] for name in ("groups", "adjustments", "expression")}
+    levers = own | {name: schema["properties"][name] for name in ("groups", "adjustments")}
     costs = r"cost|takes no time|takes a validation alone|slowest|each adds 2 products|forwards"
     assert [name for name, field in levers.items() if not re.search(costs, field["description"])] == []
     assert "It sees neither steps, nor statistics" in planner_messages(make_first_situation())[0].text
@@ -356,16 +356,6 @@ def test_no_sentence_says_which_plan_to_take() -> None:
     text = "".join(message.text for message in planner_messages(situation, toolbox))
     advice = r"\b(try|prefer|leave (it|the list)|best until|best guide|likeliest|should|within the first)\b"
     assert re.findall(advice, text, re.IGNORECASE) == []
-
-
-def test_the_columns_of_expressions_are_named_where_they_count() -> None:
-    line = (
-        "`expression`: + - * / **, comparisons, exp log sqrt abs min max mean where clip smooth (over blocks) of depth "
-        "block wanda_z grad_z peak kl15 kl30 kl45 kl60 kl75 log_size; 0 or 1: self_attn q_proj k_proj v_proj o_proj "
-        "mlp gate_proj up_proj down_proj."
-    )
-    assert f"\n\n{line}\n\n" in shown(make_first_situation())
-    assert "`expression`" not in shown(make_first_situation(config=RunConfig(pattern="2:4")))
 
 
 def test_long_parts_never_change_within_a_run() -> None:
@@ -675,10 +665,9 @@ def read_data(text: str, name: str) -> str:
 def test_a_planner_reads_its_own_plans_back_whole() -> None:
     """Lines for people name four of a kind, and shorten them: a plan could not be gone on from."""
     adjustments = [Adjustment(selector=f"blocks {i}", action="factor", factor=1.1) for i in range(6)]
-    expression = f"where(depth < 0.3, 1.2, 1) * {' * '.join(['smooth(kl60)'] * 6)}"
     recipe = Recipe(method="refit", damping=0.2)
-    plan = Plan(sparsity=0.3, recipe=recipe, adjustments=adjustments, expression=expression, reason="why")
-    levers = {"recipe": recipe, "adjustments": adjustments, "expression": expression}
+    plan = Plan(sparsity=0.3, recipe=recipe, adjustments=adjustments, reason="why")
+    levers = {"recipe": recipe, "adjustments": adjustments}
     trial = KEPT.model_copy(update={**levers, "plan": describe_plan(plan)})
     situation = make_first_situation(accepted=trial, accepted_plan=plan, trials=[trial])
     told = json.loads(read_data(planner_messages(situation)[1].text, "kept"))
@@ -724,18 +713,6 @@ def test_trials_are_told_with_what_came_later() -> None:
         (
             {"sparsity": 0.45, "adjustments": [{"selector": "*.v_proj", "action": "factor", "factor": 2}]},
             "45.0% refit:kappa · *.v_proj x2",
-        ),
-        (
-            {
-                "sparsity": 0.45,
-                "expression": "1+(.5*v_proj)",
-                "adjustments": [{"selector": "a", "action": "protect"}],
-            },
-            "45.0% refit:kappa · layers x 1 + 0.5 * v_proj · a protected",
-        ),
-        (
-            {"sparsity": 0.45, "expression": "+".join(["wanda_z"] * 20)},
-            f"45.0% refit:kappa · layers x {('wanda_z + ' * 8)[:79]}…",
         ),
         (
             {
@@ -815,7 +792,7 @@ def test_a_plan_is_spelt_out_as_a_planner_would_write_it() -> None:
     tilt = Adjustment(selector="*.v_proj", action="factor", factor=1.5)
     group = Group(selector="*.q_proj", recipe=GroupRecipe(method="wanda", pattern="2:4"))
     grouped = Plan(sparsity=0.45, recipe=recipe, groups=[group], reason="Block by block.")
-    tilted = Plan(sparsity=0.45, adjustments=[tilt], expression="1+depth", multipliers={"a": 2.0})
+    tilted = Plan(sparsity=0.45, adjustments=[tilt], multipliers={"a": 2.0})
     assert [spell_out_plan(plan) for plan in (grouped, tilted)] == [
         {
             "sparsity": 0.45,
@@ -827,7 +804,6 @@ def test_a_plan_is_spelt_out_as_a_planner_would_write_it() -> None:
             "sparsity": 0.45,
             "recipe": {"method": "refit"},
             "adjustments": [{"selector": "*.v_proj", "action": "factor", "factor": 1.5}],
-            "expression": "1+depth",
         },
     ]
 

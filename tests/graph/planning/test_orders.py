@@ -1,7 +1,5 @@
 """A plan's work order with lessons, how it is kept, and its line."""
 
-import hashlib
-import json
 from pathlib import Path
 
 import numpy as np
@@ -58,46 +56,6 @@ def test_lessons_come_beneath_the_plans_own_factors() -> None:
     once = order(PLAN.model_copy(update={"adjustments": [both]}))
     assert (order(weighed).id, order(weighed).predicted_kl) == (once.id, once.predicted_kl)
     assert (order(weighed).multipliers, once.multipliers) == ({GROUP: 1.6}, {}), "which have no part in the id"
-
-
-def test_an_expression_is_a_factor_for_every_layer_beneath_adjustments_and_above_lessons() -> None:
-    own = Adjustment(selector=GROUP, action="factor", factor=1.25)
-    plan = PLAN.model_copy(update={"expression": "2 ** (block == 5) / 2 ** (block == 0)", "adjustments": [own]})
-    factors = {"blocks 5": 2.0, "blocks 0": 0.5, GROUP: 1.25}
-    same = [Adjustment(selector=selector, action="factor", factor=factor) for selector, factor in factors.items()]
-    weighed = {"multipliers": {GROUP: 1.5}}
-    found = order(plan.model_copy(update=weighed))
-    assert found.id == order(PLAN.model_copy(update={"adjustments": same, **weighed})).id
-    assert len({found.id, order(plan).id, order(PLAN).id}) == 3
-    assert sum(found.zeros.values()) == sum(order(PLAN).zeros.values())
-
-
-def test_an_expression_reads_the_profile_whatever_curves_are_shared_out_by() -> None:
-    flat = [layer.model_copy(update={"kappa": [1.0] * 5}) for layer in LAYERS]
-    plan = PLAN.model_copy(update={"expression": "kl60 / mean(kl60)"})
-    read = [resolve(plan, LAYERS, CONFIG, profile).zeros for profile in (LAYERS, flat, None)]
-    assert read[0] == read[2] != read[1] == order(PLAN).zeros
-    orders = Orders(CONFIG, (), LAYERS, lambda recipe: Curves(flat, exact=True))
-    assert orders.draft(plan).zeros == resolve(plan, flat, CONFIG, LAYERS).zeros != resolve(plan, flat, CONFIG).zeros
-
-
-def test_an_expression_that_nothing_would_read_is_refused() -> None:
-    even = Plan(sparsity=0.45, recipe=Recipe(allocation="uniform"), expression="1 + depth")
-    with pytest.raises(ImpossiblePlan, match=r"^factors count only in allocation 'kappa', not with "):
-        order(even)
-    with pytest.raises(ImpossiblePlan, match=r"^expression: 'x' is no column; there are depth, block, "):
-        order(PLAN.model_copy(update={"expression": "x"}))
-    with pytest.raises(ValidationError, match="is not allowed in an expression"):
-        Plan(sparsity=0.45, expression="depth.real")
-
-
-def test_a_plan_without_an_expression_is_kept_and_called_as_ever() -> None:
-    assert "expression" not in PLAN.model_dump()
-    parts = [0.45, PLAN.recipe.label, []]
-    assert hash_request(PLAN) == hashlib.sha256(json.dumps(parts).encode()).hexdigest()
-    plans = [PLAN.model_copy(update={"expression": text}) for text in ("1+depth", " (1 + depth)", "1 + 2 * depth")]
-    hashes = [hash_request(plan) for plan in (PLAN, *plans)]
-    assert hashes[1] == hashes[2] and len({*hashes}) == 3
 
 
 @pytest.mark.parametrize("allocation", ["uniform", "owl", "alphapruning"])

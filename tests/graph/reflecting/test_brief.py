@@ -31,7 +31,6 @@ def test_a_reflector_sees_plan_prediction_measurement_and_what_is_known() -> Non
     plan = Plan(
         sparsity=0.45,
         adjustments=[Adjustment(selector="*.v_proj", action="bounds", high=0.3, reason="values")],
-        expression="1 + depth",
         reason="a guess",
         multipliers={"blocks 0-1": 0.8},
     )
@@ -39,7 +38,6 @@ def test_a_reflector_sees_plan_prediction_measurement_and_what_is_known() -> Non
     for part in (
         f"{GROUP}: sparsity 0.450 -> 0.550, predicted KL ",
         "reason: a guess",
-        "every layer's KL curve counted 1 + depth times",
         "adjusted *.v_proj: action bounds, high 0.3; values",
         "earlier lessons counted blocks 0-1 0.8 times",
         "dense: sparsity 0;",

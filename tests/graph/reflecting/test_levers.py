@@ -30,7 +30,7 @@ def carry_out(recipe: Recipe, **plan: Any) -> Trial:
         ({"method": "wanda", "refit": False, "damping": 0.3}, {}, "wanda: method wanda for refit, refit no for yes"),
         ({"method": "wanda", "refit": False}, {}, "wanda: method wanda for refit, refit no for yes"),
         ({"mix": {"code": 0.75, "prose": 0.25}}, {}, "refit: mix 0.75 code 0.25 prose for as in the run"),
-        ({}, {"expression": "1+depth"} | TILT, "refit: with layers x 1 + depth · blocks 0-3 · *.v_proj x2"),
+        ({}, TILT, "refit: with blocks 0-3 · *.v_proj x2"),
         ({}, {"multipliers": {"*.q_proj": 1.5}}, "refit: other factors of lessons"),
         ({"curves": "method"}, {"multipliers": {"*.q_proj": 1.5}}, "refit: curves method for mask"),
         ({}, {}, ""),

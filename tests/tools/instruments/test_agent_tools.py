@@ -96,9 +96,9 @@ def test_a_probes_line_tells_of_groups_and_adjustments(instruments: dict[str, Ba
     assert shown.startswith("30.0% wanda:uniform · *.q_proj protected -> ")
     _, shown = call(
         instruments["predict"],
-        plan={"sparsity": 0.3, "recipe": {"method": "two-sided", "refit": False}, "expression": "1+depth"},
+        plan={"sparsity": 0.3, "recipe": {"method": "two-sided", "refit": False}},
     )
-    assert shown.startswith("30.0% two-sided:kappa · layers x 1 + depth -> ")
+    assert shown.startswith("30.0% two-sided:kappa -> ")
     half = {"selector": "*.o_proj", "recipe": {"pattern": "2:4"}}
     answer, shown = call(instruments["predict"], plan={**WANDA, "groups": [half], "adjustments": [protect]})
     assert shown.startswith("30.0% wanda:uniform · wanda 2:4 in *.o_proj · *.q_proj protected -> ")
