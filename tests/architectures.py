@@ -241,18 +241,18 @@ def _prune(directory: Path) -> str:
     settings = tiny_settings(directory / "model", calibration_windows=2, validation_windows=2, window=32, partial=True)
     with use_workbench(settings, directory / "run", warned.append, ignore) as bench:
         profile = bench.profile(ignore)
-        allocation = allocate(bench.read_profile(profile).layers, SPARSITY, MASK, (), max_layer_sparsity=0.9)
-        checkpoint = bench.prune(profile, order_allocation(MASK, allocation), ignore)
-        zeros, weights = bench.count_zeros()
+        allocation = allocate(bench.profiles.read(profile).layers, SPARSITY, MASK, (), max_layer_sparsity=0.9)
+        checkpoint = bench.pruner.prune(profile, order_allocation(MASK, allocation), ignore)
+        zeros, weights = bench.weights.count_zeros()
         assert zeros == round(SPARSITY * weights), f"{zeros} zeros of {weights} weights"
-        for layer in bench.layers:
+        for layer in bench.weights.layers:
             assert int((layer.weight_OI == 0).sum()) == allocation.zeros[layer.name], layer.name
-        evaluation = bench.evaluate(checkpoint, "validation", profile, ignore)
+        evaluation = bench.evaluator.evaluate(checkpoint, "validation", profile, ignore)
         export_model(bench.model, bench.tokenizer, directory / "export", "")
         _compare_export(bench, directory / "export")
         assert evaluation.finite, "losses are not finite"
         how = "works" if bench.reach.of_blocks >= LEAST_SHARE else "works with --partial"
-        return f"{how}: {len(bench.layers)} layers, {bench.reach.of_blocks:.0%} of the blocks' weights"
+        return f"{how}: {len(bench.weights.layers)} layers, {bench.reach.of_blocks:.0%} of the blocks' weights"
 
 
 def _compare_export(bench: Workbench, directory: Path) -> None:

@@ -37,15 +37,15 @@ def same(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
 
 
 def plan(bench: Workbench, profile: str, sparsity: float, recipe: Recipe = REFIT, *changes: Adjustment) -> Allocation:
-    return allocate(bench.read_profile(profile).layers, sparsity, recipe, changes, max_layer_sparsity=0.9)
+    return allocate(bench.profiles.read(profile).layers, sparsity, recipe, changes, max_layer_sparsity=0.9)
 
 
 def prune(bench: Workbench, profile: str, sparsity: float, recipe: Recipe = REFIT) -> str:
-    return bench.prune(profile, order_allocation(recipe, plan(bench, profile, sparsity, recipe)), ignore)
+    return bench.pruner.prune(profile, order_allocation(recipe, plan(bench, profile, sparsity, recipe)), ignore)
 
 
 def artifact_path(bench: Workbench, checkpoint: str, name: str) -> Path:
-    return bench.store.path(bench.read_checkpoint(checkpoint)[name].artifact, ".safetensors")
+    return bench.store.path(bench.pruner.read_checkpoint(checkpoint)[name].artifact, ".safetensors")
 
 
 def damage(path: Path) -> None:

@@ -103,8 +103,8 @@ def find_damping_slowly(x: Any, target: Any, weight: Any, kept: Any, *, biased: 
 def order_cut(bench: Workbench, profile: str, size: float = 0.75, **levers: object) -> WorkOrder:
     """What leaves so much of the bytes of the model in a workbench, shared out as these levers of a plan say."""
     target = find_target(bench.model, size)
-    parts = bench.cuts.read(bench.measure_parts(profile, target, ignore_progress))
-    layers = bench.read_profile(profile).layers
+    parts = bench.cuts.read(bench.cuts.measure(profile, target, ignore_progress))
+    layers = bench.profiles.read(profile).layers
     cut = resolve_cut(Cutting.model_validate(levers), parts, target.share, layers)
     zeros = count_cut_zeros(cut, parts, layers)
     return order_all(Recipe(), zeros, sparsity=target.share, predicted_kl=0.0).model_copy(update={"cut": cut})

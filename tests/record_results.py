@@ -27,16 +27,16 @@ SUMMARY = ("mask_sha256", "status", "achieved_sparsity", "perplexity", "kl", "kn
 COMPARE = """
 import sys
 from tools.compare import main
-from tools.workbench.bench import Workbench
+from tools.workbench.evaluate import Evaluator
 
-evaluate = Workbench.evaluate
+evaluate = Evaluator.evaluate
 
-def tell(bench, *arguments, **options):
-    found = evaluate(bench, *arguments, **options)
-    print("mask_sha256", bench.hash_masks(), flush=True)
+def tell(evaluator, *arguments, **options):
+    found = evaluate(evaluator, *arguments, **options)
+    print("mask_sha256", evaluator._weights.hash_masks(), flush=True)
     return found
 
-Workbench.evaluate = tell
+Evaluator.evaluate = tell
 sys.exit(main())
 """
 

@@ -91,7 +91,7 @@ def try_plan(situation: Situation, plan: Plan, verdict: str) -> Trial:
 
 def open_orders(bench: "Workbench", profile: str, config: RunConfig, present: str) -> Callable[[Plan], WorkOrder]:
     """What a plan comes to at an open workbench in which the weights of `present` are, as the nodes have it."""
-    layers = bench.read_profile(profile).layers
+    layers = bench.profiles.read(profile).layers
     orders = Orders(config, (), layers, lambda recipe: read_curves(bench, profile, recipe, ignore))
     return lambda plan: orders.resolve(plan, measure_with(bench, profile, present, ignore))
 

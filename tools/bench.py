@@ -26,11 +26,11 @@ from tools.workbench.open import close_workbench, use_workbench
 
 def _choose(bench: Workbench, only: list[str]) -> Mapping[str, Callable[[Site], Iterator[Result]]]:
     """What is timed of this model. Raises UserError where it cannot be."""
-    if any(zeros >= SPARSITY for zeros in bench.sparsities()):
+    if any(zeros >= SPARSITY for zeros in bench.weights.sparsities()):
         raise UserError(f"a layer is {SPARSITY:.0%} zero already; the benchmarks prune a dense model")
     if not bench.profiles.keeps_moments:
         raise UserError("the disk is too small for second moments; free some, or set another TMPDIR")
-    if bench.cluster is not None:
+    if bench.crew.cluster is not None:
         return {"workers": bench_workers}
     return {name: task for name, task in BENCHMARKS.items() if name in only or not only}
 

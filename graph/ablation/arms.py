@@ -100,7 +100,7 @@ class Arm:
                 if best is None or kl < best[0]:
                     best = kl, checkpoint, describe_plan(plan)
             if best is not None:
-                self.bench.forget_checkpoints([best[1]])
+                self.bench.pruner.forget([best[1]])
         if best is None:
             raise UserError(
                 f"no plan of it comes to {self.settings.target_sparsity:.2%} within {self.settings.evaluated_tokens:,} "
@@ -113,7 +113,7 @@ class Arm:
         """(checkpoint, plan) of as many as are measured at once."""
         while True:
             batch: list[tuple[str, Plan]] = []
-            while len(batch) < self.bench.abreast and not (self.is_over and (batch or self.trials)):
+            while len(batch) < self.bench.crew.abreast and not (self.is_over and (batch or self.trials)):
                 plan = next(plans, None)
                 if plan is None:
                     break
@@ -126,18 +126,18 @@ class Arm:
     def _make(self, plan: Plan) -> str:
         """The checkpoint of a plan, paid for with its trial; "" where it is passed over."""
         try:
-            draft = self._resolve(plan, self.bench.read_layers)  # refused before anything is measured
+            draft = self._resolve(plan, self.bench.curves.read_layers)  # refused before anything is measured
             if self.budget.left < self.budget.trial or self.budget.refuse(plan, draft):
                 self.dear += 1
                 return ""
             self.budget.pay(self.budget.list_costs(plan, None))
-            order = self._resolve(plan, self.bench.describe_layers)
+            order = self._resolve(plan, self.bench.curves.describe_layers)
             if order.id in self._seen:
                 return ""
             self._seen.add(order.id)
             self.budget.tokens += self.budget.trial
             self.budget.pay(list_order_costs(order, self.config))
-            return self.bench.prune(self.profile, order, self.progress)
+            return self.bench.pruner.prune(self.profile, order, self.progress)
         except ImpossiblePlan:  # one that broke is one, too
             self.failed += 1
             return ""
@@ -150,7 +150,7 @@ class Arm:
         """Losses on the validation text; None of what breaks."""
         windows = len(self.bench.windows.validation)
         try:
-            return list(self.bench.evaluate_each(checkpoints, windows, self.profile, self.progress))
+            return list(self.bench.evaluator.evaluate_each(checkpoints, windows, self.profile, self.progress))
         except BrokenPlan:
             return [None] if len(checkpoints) == 1 else [self._measure([x])[0] for x in checkpoints]
 
@@ -165,7 +165,7 @@ def plan_list(arm: Arm) -> Iterator[Plan]:
     """The strong recipe, then what the rule would try from there, one lever at a time, in its order."""
     base = Plan(sparsity=arm.config.target_sparsity, recipe=STRONG)
     yield base
-    layers = arm.bench.read_profile(arm.profile).layers
+    layers = arm.bench.profiles.read(arm.profile).layers
     zeros = resolve(base, layers, arm.config).zeros
     situation = Situation(
         config=arm.config,
@@ -174,14 +174,14 @@ def plan_list(arm: Arm) -> Iterator[Plan]:
         dense=Trial(
             iteration=0, checkpoint="dense", sparsity=0, perplexity=None, kl=0, predicted_kl=0, verdict="accept"
         ),
-        read_layers=lambda recipe: Curves(arm.bench.read_layers(arm.profile, recipe, arm.progress), exact=False),
+        read_layers=lambda recipe: Curves(arm.bench.curves.read_layers(arm.profile, recipe, arm.progress), exact=False),
     )
     yield from change_levers(situation, base)
 
 
 def plan_at_random(arm: Arm) -> Iterator[Plan]:
     """Draws of this seed."""
-    layers = arm.bench.read_profile(arm.profile).layers
+    layers = arm.bench.profiles.read(arm.profile).layers
     for number in range(MOST_DRAWS):
         yield draw_plan(layers, arm.config, number)
 
@@ -199,7 +199,7 @@ def try_search(arm: Arm) -> Choice:
         tokens=max(settings.evaluated_tokens - arm.budget.trial, 1),  # 0 would mean no limit
         max_layer_sparsity=settings.max_layer_sparsity,
     )
-    checkpoint = arm.bench.prune(arm.profile, order_allocation(recipe, found.allocation), arm.progress)
+    checkpoint = arm.bench.pruner.prune(arm.profile, order_allocation(recipe, found.allocation), arm.progress)
     assert found.searched is not None
     label = f"{recipe.mask_label}:evolution, {describe_search(*found.searched[:3], found.tokens)}"
     return Choice(checkpoint, label, found.searched.measured, found.tokens + arm.budget.trial)

@@ -153,7 +153,7 @@ def _profile(settings: AblateSettings, directory: Path, known: Ablation, warn: W
         began = time.monotonic()
         profile = bench.profile(progress)
         seconds = round(time.monotonic() - began, 1)
-        dense = bench.evaluate(DENSE, "test", profile, progress, "test, dense")
+        dense = bench.evaluator.evaluate(DENSE, "test", profile, progress, "test, dense")
         known.dense[settings.seed] = dense.perplexity
         if settings.judge:
             texts = {name: dense.take_text(name).perplexity for name in settings.text}
@@ -197,12 +197,12 @@ def _try_arm(arm: str, settings: AblateSettings, bench: "Workbench", profiled: P
             chosen = choose(arm, Arm(bench, profile, settings, progress, began))
         except BrokenPlan as error:
             raise UserError(f"{error}; the same command goes on from there") from error
-    evaluation = bench.evaluate(chosen.checkpoint, "validation", profile, progress)
+    evaluation = bench.evaluator.evaluate(chosen.checkpoint, "validation", profile, progress)
     seconds = round(time.monotonic() - began, 1)
-    test = bench.evaluate(chosen.checkpoint, "test", profile, progress, "test, pruned")
+    test = bench.evaluator.evaluate(chosen.checkpoint, "test", profile, progress, "test, pruned")
     unseen = measure_checkpoint(settings, bench, chosen.checkpoint, progress)
-    bench.restore(chosen.checkpoint)
-    zeros, weights = bench.count_zeros()
+    bench.pruner.restore(chosen.checkpoint)
+    zeros, weights = bench.weights.count_zeros()
     row = Row(
         arm=arm,
         seed=seed,

@@ -52,9 +52,9 @@ def measure_checkpoint(settings: AblateSettings, bench: "Workbench", checkpoint:
     if not settings.unseen:
         return NONE
     windows = _cut(settings, bench.tokenizer)
-    bench.restore(DENSE)
+    bench.pruner.restore(DENSE)
     dense, hidden_BTD = _evaluate(bench.model, windows, None, progress)
-    bench.restore(checkpoint)
+    bench.pruner.restore(checkpoint)
     return _describe(windows, dense, _evaluate(bench.model, windows, hidden_BTD, progress)[0])
 
 
@@ -63,7 +63,7 @@ def measure_dense(settings: AblateSettings, bench: "Workbench", progress: "Progr
     if not settings.unseen:
         return {}
     windows = _cut(settings, bench.tokenizer)
-    bench.restore(DENSE)
+    bench.pruner.restore(DENSE)
     return _list_perplexities(windows, _evaluate(bench.model, windows, None, progress)[0])
 
 

@@ -52,7 +52,7 @@ def weigh_otherwise(bench: "Workbench", state: State, session: Session) -> list[
         what = "fitted by other weights in some of its layers" if plan else "of no plan that was accepted last"
         session.warn(f"the model that is kept is {what}, so that weights of texts are not compared")
         return []
-    own = bench.evaluate(state.accepted, "validation", state.profile, session.progress)
+    own = bench.evaluator.evaluate(state.accepted, "validation", state.profile, session.progress)
     shares = find_shares(state.config, plan)
     found = [Weighting(weights=shares, texts=list_texts(own))]
     for mix in list_other_weights(shares, [text.name for text in state.written]):
@@ -74,7 +74,9 @@ def measure_by(bench: "Workbench", state: State, plan: Plan, mix: Mix, progress:
     """
     other = plan.model_copy(update={"recipe": plan.recipe.model_copy(update={"mix": mix})})
     order = find_order(bench, state.model_copy(update={"plan": other, "order": ""}), progress)
-    checkpoint = bench.prune(state.profile, order, progress)
-    losses = bench.evaluate(checkpoint, "validation", state.profile, progress, "validation, other weights of texts")
-    bench.forget_checkpoints([state.accepted])
+    checkpoint = bench.pruner.prune(state.profile, order, progress)
+    losses = bench.evaluator.evaluate(
+        checkpoint, "validation", state.profile, progress, "validation, other weights of texts"
+    )
+    bench.pruner.forget([state.accepted])
     return losses

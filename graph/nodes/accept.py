@@ -13,7 +13,7 @@ def accept(state: State, runtime: Runtime[RunConfig]) -> dict[str, Any]:
     """Keep the trial; layer artifacts that only older checkpoints need are deleted (they can be made again)."""
     session = enter("accept", state, runtime)
     with open_bench(state, session) as bench:
-        bench.forget_checkpoints(state.model_copy(update={"accepted": state.current}).kept)
+        bench.pruner.forget(state.model_copy(update={"accepted": state.current}).kept)
         session.emit("accept", iteration=state.iteration, checkpoint=state.current)
     return {
         "accepted": state.current,

@@ -52,7 +52,7 @@ def brief(state: State, runtime: Runtime[RunConfig]) -> dict[str, Any]:
     with open_bench(state, session) as bench:
         target = find_cut(bench, state, session) if config.takes_parts else None
         profile = profile_model(bench, target, session)
-        parts = bench.measure_parts(profile, target, session.progress) if target else ""
+        parts = bench.cuts.measure(profile, target, session.progress) if target else ""
         dense = measure_dense(bench, state, profile, session)
         session.emit("trial", **dense.model_dump())
     update = {"config": config, "brief": chosen, "profile": profile, "parts": parts, "dense": dense, "usage": usage}
@@ -65,7 +65,9 @@ def look_at_texts(bench: "Workbench", state: State) -> list[Sight]:
     assert state.dense is not None, "profile runs first"
     known = {figures.name: figures.perplexity for figures in state.dense.texts}
     lead, first = bench.windows.lead, bench.windows.list_each("calibration", range(1))
-    predicted = {} if state.config.takes_parts else _predict_kl_of_each(bench.read_profile(state.profile), state.config)
+    predicted = (
+        {} if state.config.takes_parts else _predict_kl_of_each(bench.profiles.read(state.profile), state.config)
+    )
     sights = []
     for name, window in zip(state.config.text, first, strict=True):
         ids_T = bench.windows.calibration[window, lead : lead + SHOWN]  # a token is a character or more

@@ -50,18 +50,18 @@ def finish(state: State, runtime: Runtime[RunConfig]) -> dict[str, Any]:
     session = enter("finish", state, runtime)
     with open_bench(state, session) as bench:
         best, tokens = accepted_trial(state), state.evaluated_tokens
-        layers = bench.read_profile(state.profile).layers
-        zeros, weights = bench.count_zeros()
+        layers = bench.profiles.read(state.profile).layers
+        zeros, weights = bench.weights.count_zeros()
         if state.parts:  # single zeros are no part that is gone
-            zeros = sum(record.zeros for record in bench.read_checkpoint(state.accepted).values())
-        achieved, masks = zeros / weights, bench.hash_masks()
+            zeros = sum(record.zeros for record in bench.pruner.read_checkpoint(state.accepted).values())
+        achieved, masks = zeros / weights, bench.weights.hash_masks()
 
         prompts = list_prompts(state)
         # The dense weights then stay in the model for the first measurement below.
         dense_words = continue_with(bench, "dense", prompts, session)
 
         def measure(checkpoint: str, label: str) -> Evaluation:
-            return bench.evaluate(checkpoint, "test", state.profile, session.progress, label)
+            return bench.evaluator.evaluate(checkpoint, "test", state.profile, session.progress, label)
 
         # of a cut whole units come as near as they can
         reached = same_sparsity(best.sparsity if state.parts else achieved, config.target_sparsity)
@@ -102,7 +102,7 @@ def finish(state: State, runtime: Runtime[RunConfig]) -> dict[str, Any]:
             plan=best.plan,
             kept=best.iteration,
             knowledge=knowledge,
-            polished=bench.read_polished(state.accepted),
+            polished=bench.pruner.read_polished(state.accepted),
             cut=cut,
             origin=origin,
             iterations=state.iteration,
@@ -139,7 +139,7 @@ def cut_away(bench: "Workbench", state: State, session: Session) -> tuple[CutRes
     from tools.measure.speeds import measure_speeds  # imports torch
     from tools.surgery.parts import is_whole
 
-    bench.restore(state.accepted)
+    bench.pruner.restore(state.accepted)
     found = bench.pruner.build_cut(state.accepted)
     if found is None:
         return None, bench.model
@@ -201,11 +201,11 @@ def prune_uniformly(
     """(the checkpoint of uniform Wanda, by which statistics): as its authors run it; where that breaks, for it may take
     more memory than the run's own plans, by those of the dense model. Raises BrokenPlan.
     """
-    layers = bench.read_profile(state.profile).layers
+    layers = bench.profiles.read(state.profile).layers
 
     def prune_by(statistics: Statistics, profile: str) -> tuple[str, Statistics]:
         order = order_uniform(layers, sparsity, pattern, state.config.protect, statistics)
-        return bench.prune(profile, order, session.progress), statistics
+        return bench.pruner.prune(profile, order, session.progress), statistics
 
     try:
         return prune_by(UNIFORM_WANDA.statistics, state.profile)
@@ -224,10 +224,11 @@ def measure_knowledge(bench: "Workbench", state: State, session: Session, unifor
     """What dense, pruned and uniformly pruned weights know of the questions that were kept for the report."""
 
     def ask(checkpoint: str, name: str) -> Recall:
-        return bench.ask(checkpoint, "test", session.progress, f"questions, {name}")
+        return bench.evaluator.ask(checkpoint, "test", session.progress, f"questions, {name}")
 
     def count(checkpoint: str, name: str) -> int:
-        return bench.count_right(checkpoint, "test", session.progress, f"own answers, {name}")
+        told = f"own answers, {name}"
+        return bench.evaluator.count_right(checkpoint, bench.tokenizer, "test", told, session.progress)
 
     dense, wanda, pruned = ask("dense", "dense"), ask(uniform, "uniform Wanda"), ask(state.accepted, "pruned")
     right = count("dense", "dense")
@@ -256,7 +257,7 @@ def continue_with(bench: "Workbench", checkpoint: str, prompts: Sequence[str], s
     """What the model says after each prompt with the weights of a checkpoint, which stay in it."""
     from tools.measure.continuations import continue_prompts  # imports torch
 
-    bench.restore(checkpoint)
+    bench.pruner.restore(checkpoint)
     session.progress("continue prompts", 0, 1)
     words = continue_prompts(bench.model, bench.tokenizer, prompts)
     session.progress("continue prompts", 1, 1)

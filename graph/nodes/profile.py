@@ -63,11 +63,13 @@ def _profile_first(state: State, runtime: Runtime[RunConfig]) -> dict[str, Any]:
             if lessons:
                 session.emit("lessons", count=len(lessons), runs=runs)
         if target is None:
-            refuse_impossible_target(list_shapes(bench.layers, bench.dense), config)  # hours before the rest is known
+            refuse_impossible_target(
+                list_shapes(bench.weights.layers, bench.weights.dense), config
+            )  # hours before the rest is known
         profile_id = profile_model(bench, target, session)
-        stored = bench.read_profile(profile_id)
+        stored = bench.profiles.read(profile_id)
         # with a goal they are measured by what is made of it
-        parts = bench.measure_parts(profile_id, target, session.progress) if target and not config.goal else ""
+        parts = bench.cuts.measure(profile_id, target, session.progress) if target and not config.goal else ""
         if target is None:
             refuse_impossible_target(stored.layers, config)
         dense = measure_dense(bench, state, profile_id, session)
@@ -89,7 +91,7 @@ def _profile_first(state: State, runtime: Runtime[RunConfig]) -> dict[str, Any]:
 
 def refuse_streamed_polish(bench: "Workbench", config: RunConfig) -> None:
     """What options say of `--device stream`, of a model that `auto` streams. Raises UserError."""
-    if config.polish_tokens and any(layer.is_streamed for layer in bench.layers):
+    if config.polish_tokens and any(layer.is_streamed for layer in bench.weights.layers):
         raise UserError(f"polish_tokens: {NO_STREAMED_POLISH}; leave it out, or give the model more memory")
 
 
@@ -110,15 +112,15 @@ def find_cut(bench: "Workbench", state: State, session: Session) -> Target:
 
 def profile_model(bench: "Workbench", target: Target | None, session: Session) -> str:
     """The profile of the model in the workbench; of a run that takes parts away, to its `target`, a bare one."""
-    return bench.profile_bare(session.progress) if target else bench.profile(session.progress)
+    return bench.profiles.make_bare(session.progress) if target else bench.profile(session.progress)
 
 
 def measure_dense(bench: "Workbench", state: State, profile: str, session: Session) -> Trial:
     """The dense model as a trial: what all others are compared with."""
     config = state.config
-    losses = bench.read_profile(profile).dense
-    asked = bench.ask("dense", "validation", session.progress).tokens if config.questions else 0
-    zeros, weights = bench.count_zeros()
+    losses = bench.profiles.read(profile).dense
+    asked = bench.evaluator.ask("dense", "validation", session.progress).tokens if config.questions else 0
+    zeros, weights = bench.weights.count_zeros()
     return Trial(
         iteration=0,
         checkpoint=state.current,
@@ -147,7 +149,7 @@ def _profile_again(state: State, runtime: Runtime[RunConfig]) -> dict[str, Any]:
         except (BrokenBaseline, UnknownStatistics) as error:
             session.warn(f"{error}; the profile stays that of before")
             return {"evaluated_tokens": tokens, "seconds": session.seconds}
-        _tell_profile(session, profile_id, bench.read_profile(profile_id).layers, state.config)
+        _tell_profile(session, profile_id, bench.profiles.read(profile_id).layers, state.config)
     return {"profile": profile_id, "evaluated_tokens": tokens, "seconds": session.seconds}
 
 

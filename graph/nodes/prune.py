@@ -38,7 +38,7 @@ def prune(state: State, runtime: Runtime[RunConfig]) -> dict[str, Any]:
         if state.replay and (reason := find_breakage(state.replay, state.iteration)):
             raise BrokenPlan(reason)
         with open_bench(state, session) as bench:
-            checkpoint = bench.prune(state.profile, settled.order, session.progress)
+            checkpoint = bench.pruner.prune(state.profile, settled.order, session.progress)
             tell_layers(session, bench, checkpoint)
     except Refused as refused:
         return record_refusal(state, None, str(refused), session)

@@ -13,8 +13,8 @@ def rollback(state: State, runtime: Runtime[RunConfig]) -> dict[str, Any]:
     """Restore the last accepted checkpoint; layer artifacts that only older ones need are deleted, as by accept."""
     session = enter("rollback", state, runtime)
     with open_bench(state, session) as bench:
-        changed = bench.restore(state.accepted)
-        bench.forget_checkpoints(state.kept)
+        changed = bench.pruner.restore(state.accepted)
+        bench.pruner.forget(state.kept)
         session.emit("rollback", iteration=state.iteration, checkpoint=state.accepted, layers=len(changed))
         tell_layers(session, bench, state.accepted)
     return {"current": state.accepted, "seconds": session.seconds}

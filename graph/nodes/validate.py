@@ -39,7 +39,7 @@ def validate(state: State, runtime: Runtime[RunConfig]) -> dict[str, Any]:
             order = kept or resolve_again(bench, state, session.progress)
         except ImpossiblePlan as error:  # it was edited in the state once the weights were there
             return record_breakage(state, None, f"{EDITED}, and cannot be carried out: {error}", session)
-        if kept is None and not bench.is_made_of(state.current, state.profile, order):
+        if kept is None and not bench.pruner.is_made_of(state.current, state.profile, order):
             return record_breakage(state, order, f"{EDITED}, which are another plan's", session)
         try:
             trial, evaluation = measure_trial(bench, state, order, session)
@@ -69,13 +69,13 @@ def measure_trial(bench: "Workbench", state: State, order: WorkOrder, session: S
     """(figures and verdict of the state's plan, whose order was carried out; its losses). Raises BrokenPlan."""
     assert state.plan is not None, "plan runs first"
     # before an evaluation that may have to put other weights in; of a cut what whole units come nearest to
-    sparsity = order.sparsity if order.cut else (counted := bench.count_zeros())[0] / counted[1]
-    evaluation = bench.evaluate(state.current, "validation", state.profile, session.progress)
+    sparsity = order.sparsity if order.cut else (counted := bench.weights.count_zeros())[0] / counted[1]
+    evaluation = bench.evaluator.evaluate(state.current, "validation", state.profile, session.progress)
     best = accepted_trial(state)
     accepted = (
-        bench.evaluate(state.accepted, "validation", state.profile, session.progress)
+        bench.evaluator.evaluate(state.accepted, "validation", state.profile, session.progress)
         if state.trials and best is not state.dense
-        else bench.read_profile(state.profile).dense
+        else bench.profiles.read(state.profile).dense
     )
     retention, asked = ask_questions(bench, state, session)
     noise = compare_kl(evaluation, accepted)[1] if evaluation.finite else None
@@ -120,8 +120,8 @@ def ask_questions(bench: "Workbench", state: State, session: Session) -> tuple[R
     """
     if not state.config.questions:
         return None, 0
-    recall = bench.ask(state.current, "validation", session.progress)
-    dense = bench.ask("dense", "validation", session.progress)  # asked when the profile was made
+    recall = bench.evaluator.ask(state.current, "validation", session.progress)
+    dense = bench.evaluator.ask("dense", "validation", session.progress)  # asked when the profile was made
     return compare_recall(recall, dense), recall.tokens
 
 

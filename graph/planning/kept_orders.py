@@ -85,7 +85,7 @@ def find_order(bench: "Workbench", state: State, progress: "Progress") -> WorkOr
 def resolve_again(bench: "Workbench", state: State, progress: "Progress") -> WorkOrder:
     """As `find_order`, whatever was kept."""
     assert state.plan is not None, "the plan node runs first"
-    profile = bench.read_profile(state.profile).layers
+    profile = bench.profiles.read(state.profile).layers
     if state.parts:
         return order_cut(state.plan, bench.cuts.read(state.parts), profile, describe_plan(state.plan))
     layers = gather_layers(state.plan, state.config, measure_with(bench, state.profile, state.current, progress))

@@ -216,9 +216,9 @@ def read_curves(bench: "Workbench", profile: str, recipe: Recipe, progress: "Pro
 
     No weight in the model is touched.
     """
-    if bench.has_layers(profile, recipe):
-        return Curves(bench.describe_layers(profile, recipe, progress), exact=True)
-    return Curves(bench.read_layers(profile, recipe, progress), exact=False)
+    if bench.curves.has_layers(profile, recipe):
+        return Curves(bench.curves.describe_layers(profile, recipe, progress), exact=True)
+    return Curves(bench.curves.read_layers(profile, recipe, progress), exact=False)
 
 
 def measure_with(bench: "Workbench", profile: str, present: str, progress: "Progress") -> Read:
@@ -229,9 +229,9 @@ def measure_with(bench: "Workbench", profile: str, present: str, progress: "Prog
 
     def measure(recipe: Recipe) -> Layers:
         try:
-            return bench.describe_layers(profile, recipe, progress)
+            return bench.curves.describe_layers(profile, recipe, progress)
         finally:
-            bench.restore(present)  # curves are measured on the dense weights
+            bench.pruner.restore(present)  # curves are measured on the dense weights
 
     return measure
 

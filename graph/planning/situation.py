@@ -136,9 +136,9 @@ def gather_situation(
     with open_bench() as bench:
         return Situation(
             config=state.config,
-            layers=bench.read_profile(state.profile).layers,
+            layers=bench.profiles.read(state.profile).layers,
             read_layers=read_layers,
-            sparsity=dict(zip(bench.by_name, bench.sparsities(), strict=True)),
+            sparsity=dict(zip(bench.weights.by_name, bench.weights.sparsities(), strict=True)),
             dense=state.dense,
             accepted=last_accepted(state.trials),
             accepted_plan=state.accepted_plan,

@@ -53,11 +53,11 @@ def _read_layers(
     """What is known of layers, and the rule's lesson."""
     assert state.plan is not None, "gather_evidence has seen to it"
     layers = gather_layers(
-        state.plan, state.config, lambda recipe: bench.describe_layers(state.profile, recipe, session.progress)
+        state.plan, state.config, lambda recipe: bench.curves.describe_layers(state.profile, recipe, session.progress)
     )
-    profile = bench.read_profile(state.profile).layers
-    sparsity = bench.planned_sparsity(trial.checkpoint)
-    before_sparsity = bench.planned_sparsity(before.checkpoint if before else "dense")
+    profile = bench.profiles.read(state.profile).layers
+    sparsity = bench.pruner.planned_sparsity(trial.checkpoint)
+    before_sparsity = bench.pruner.planned_sparsity(before.checkpoint if before else "dense")
     return {
         "layers": layers,
         "sparsity": sparsity,

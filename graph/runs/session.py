@@ -114,7 +114,7 @@ def open_bench(state: State, session: Session) -> Iterator["Workbench"]:
 
     config = state.config
     with use_workbench(config, session.directory, session.warn, session.progress, foresee_course(config)) as bench:
-        bench.restore(state.current)
+        bench.pruner.restore(state.current)
         yield bench
 
 
@@ -123,8 +123,8 @@ def tell_layers(session: Session, bench: "Workbench", checkpoint: str) -> None:
     session.emit(
         "layers",
         checkpoint=checkpoint,
-        names=list(bench.by_name),
-        blocks=[layer.block for layer in bench.layers],
-        kinds=[layer.kind for layer in bench.layers],
-        sparsity=[round(s, 6) for s in bench.sparsities()],
+        names=list(bench.weights.by_name),
+        blocks=[layer.block for layer in bench.weights.layers],
+        kinds=[layer.kind for layer in bench.weights.layers],
+        sparsity=[round(s, 6) for s in bench.weights.sparsities()],
     )

@@ -181,9 +181,9 @@ def test_the_kl_shown_is_that_of_the_curves_that_the_plan_goes_by(
     trial = state.trials[0]
     recipe = Recipe(method="refit", curves="method")
     with use_workbench(state.config, run, pytest.fail, ignore) as bench:
-        assert bench.has_layers(state.profile, recipe), "they were measured before the question"
-        curves = bench.describe_layers(state.profile, recipe, ignore)
-        masks, shares = bench.read_profile(state.profile).layers, bench.planned_sparsity(trial.checkpoint)
+        assert bench.curves.has_layers(state.profile, recipe), "they were measured before the question"
+        curves = bench.curves.describe_layers(state.profile, recipe, ignore)
+        masks, shares = bench.profiles.read(state.profile).layers, bench.pruner.planned_sparsity(trial.checkpoint)
     own, by_mask = (predict_kl(x, np.array([shares[layer.name] for layer in x])) for x in (curves, masks))
     assert plan["predicted_kl"] == trial.predicted_kl == own != by_mask
     (lesson,) = state.lessons

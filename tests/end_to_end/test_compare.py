@@ -16,7 +16,7 @@ from graph.config import RunConfig
 from tests.end_to_end.helpers import TINY, Outcome, at_home, let_go, python_environment, wait_for
 from tools import compare
 from tools.plans.jobs import ALL_ALLOCATIONS, ALL_METHODS
-from tools.workbench.bench import Workbench
+from tools.workbench.evaluate import Evaluator
 
 Command = Callable[..., Outcome]
 
@@ -54,7 +54,7 @@ def test_interrupted_and_gone_on_with_by_the_same_command(
     config = RunConfig.model_validate({"model": str(tiny_llama), "calibration_windows": 4, "gradient_windows": 2})
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(config.model_dump() | {"window": 64}))
     flags = ("--config", "run.yaml", *FLAGS, "--recipes", "wanda:uniform,refit:kappa", "--sparsity", "0.5,2:4")
-    evaluate, calls = Workbench.evaluate, 0
+    evaluate, calls = Evaluator.evaluate, 0
 
     def interrupt(*arguments: Any) -> Any:
         nonlocal calls
@@ -64,7 +64,7 @@ def test_interrupted_and_gone_on_with_by_the_same_command(
         return evaluate(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Workbench, "evaluate", interrupt)
+        patch.setattr(Evaluator, "evaluate", interrupt)
         stopped = command(*flags)
     sentence = "stopped; the rows that are done are kept, and the same command goes on\n"
     assert (stopped.code, stopped.err) == (1, sentence)

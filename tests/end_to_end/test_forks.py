@@ -36,8 +36,9 @@ from tests.end_to_end.helpers import (
 )
 from tools.base import rundir
 from tools.workbench import open as workbench
-from tools.workbench.bench import Workbench
+from tools.workbench.evaluate import Evaluator
 from tools.workbench.layer_pruning import LayerPruner
+from tools.workbench.prune import Pruner
 
 
 @contextmanager
@@ -137,7 +138,7 @@ def test_a_fork_that_is_killed_at_its_beginning_is_resumed_by_its_name(
     before = fingerprint(run)
     with opened(run) as (app, settings), monkeypatch.context() as patch:
         edited = fork_before(app, settings, "prune", 2, {"plan": Plan(sparsity=0.4)}, "plan")
-        patch.setattr(Workbench, "prune", lambda *_: 1 / 0)
+        patch.setattr(Pruner, "prune", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             app.invoke(None, edited, context=read_run_config(run), durability="sync")
     let_go()
@@ -233,7 +234,7 @@ def test_a_run_cancelled_where_no_layer_follows_is_free_for_the_command_line(
 ) -> None:
     command("--list")  # at home
     config, run = read_run_config(easy), tmp_path / "runs" / "run"
-    evaluate, task, calls, cancelled = Workbench.evaluate, None, 0, threading.Event()
+    evaluate, task, calls, cancelled = Evaluator.evaluate, None, 0, threading.Event()
     between = at == "between two nodes"
 
     def end(*arguments: Any) -> Any:
@@ -264,7 +265,7 @@ def test_a_run_cancelled_where_no_layer_follows_is_free_for_the_command_line(
         cancelled.set()
 
     with monkeypatch.context() as patch:
-        patch.setattr(Workbench, "evaluate", end)
+        patch.setattr(Evaluator, "evaluate", end)
         patch.setattr(steps, "IDLE_SECONDS", 2.0)
         serve(tmp_path / "runs", cancel)
     last = "prune" if between else "validate"

@@ -43,9 +43,9 @@ HALTS = [
     Halt("validate", "tools.workbench.losses:evaluate_windows", after=True),
     Halt("validate", SAVE, 2),
     Halt("validate", NOTE, after=True),
-    Halt("accept", "tools.workbench.bench:Workbench.forget_checkpoints", 2, after=True),
+    Halt("accept", "tools.workbench.prune:Pruner.forget", 2, after=True),
     Halt("rollback", "tools.workbench.weights:Weights.install", 5, after=True),
-    Halt("rollback", "tools.workbench.bench:Workbench.forget_checkpoints", after=True),
+    Halt("rollback", "tools.workbench.prune:Pruner.forget", after=True),
     Halt("reflect", "graph.nodes.reflect:write_lesson", 2),
     Halt("reflect", "graph.nodes.reflect:write_lesson", 3, after=True),
     Halt("finish", "tools.workbench.losses:evaluate_windows", 2, after=True),
@@ -247,7 +247,7 @@ def test_a_torn_line_of_the_index_costs_nothing_but_time(easy: Easy, tmp_path: P
 
 @pytest.mark.parametrize("content", ["", '{"nll": [1.0', '{"nll": [1.0, 1.0], "kl": []}'])
 def test_a_damaged_evaluation_is_measured_again(content: str, easy: Easy, tmp_path: Path, command: Command) -> None:
-    run = stop_in("accept", "tools.workbench.bench:Workbench.forget_checkpoints", easy, tmp_path)
+    run = stop_in("accept", "tools.workbench.prune:Pruner.forget", easy, tmp_path)
     (file,) = (run / "evaluations").iterdir()
     file.write_text(content)
     assert command("--resume", "run").code == 0

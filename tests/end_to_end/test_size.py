@@ -32,6 +32,7 @@ from tools.base.progress import Progress
 from tools.models.load import load_model
 from tools.plans.work_order import WorkOrder
 from tools.workbench.bench import Workbench
+from tools.workbench.prune import Pruner
 
 assert say
 
@@ -80,14 +81,14 @@ def test_by_rule_to_a_smaller_stock_model(easy: Path, tiny_llama: Path) -> None:
 def test_where_wanda_breaks_behind_pruned_predecessors_the_dense_model_is_profiled_for_it(
     tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    prune = Workbench.prune
+    prune = Pruner.prune
 
     def break_wanda(bench: Workbench, profile: str, order: WorkOrder, progress: Progress) -> str:
         if order.cut is None and all(planned.recipe.in_order for planned in order.layers.values()):
             raise BrokenPlan("no memory")
         return prune(bench, profile, order, progress)
 
-    monkeypatch.setattr(Workbench, "prune", break_wanda)
+    monkeypatch.setattr(Pruner, "prune", break_wanda)
     run = run_apart(tmp_path, *flags(tiny_llama, "--max-iterations", "1"))
     assert read_summary(run)["wanda_statistics"] == "dense"
     [warning] = [event["text"] for event in read_events(run, "warning")]

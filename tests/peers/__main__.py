@@ -103,12 +103,12 @@ def prune_ours(job: Job, bench: Workbench, profile: str, theirs: dict[str, Tenso
     that is 59.91 % beside 60.00 %, which is worth more perplexity than the implementations differ by.
     """
     if group := job.recipe.group:  # llm-compressor leaves zeros beside the pattern's: some that the dense weights had
-        zeros = {layer.name: count_pattern_zeros(layer.weight_OI.numel(), group) for layer in bench.layers}
+        zeros = {layer.name: count_pattern_zeros(layer.weight_OI.numel(), group) for layer in bench.weights.layers}
     else:
-        zeros = {layer.name: int((theirs[f"{layer.name}.weight"] == 0).sum()) for layer in bench.layers}
+        zeros = {layer.name: int((theirs[f"{layer.name}.weight"] == 0).sum()) for layer in bench.weights.layers}
     order = order_all(job.recipe, zeros, sparsity=job.sparsity, predicted_kl=0.0)
-    bench.prune(profile, order, ignore_progress)
-    return {f"{layer.name}.weight": layer.weight_OI.clone() for layer in bench.layers}
+    bench.pruner.prune(profile, order, ignore_progress)
+    return {f"{layer.name}.weight": layer.weight_OI.clone() for layer in bench.weights.layers}
 
 
 def compare(settings: PeerSettings) -> bool:
@@ -121,21 +121,21 @@ def compare(settings: PeerSettings) -> bool:
     figures: dict[str, tuple[float, float]] = {}
     with use_workbench(settings, directory / "work", print, ignore_progress) as bench:
         profile = find_profile(bench, settings)
-        bench.restore("dense")
+        bench.pruner.restore("dense")
         if not dense.is_dir():
             export_model(bench.model, bench.tokenizer, dense, "")
         save_file({"windows": bench.windows.calibration.cpu().contiguous()}, windows)
         model, _ = load_model(settings.model_copy(update={"model": str(dense)}))
-        print(f"dense: {bench.read_profile(profile).dense.perplexity:.2f}", flush=True)
+        print(f"dense: {bench.profiles.read(profile).dense.perplexity:.2f}", flush=True)
         for job in jobs:
             perplexities = []
             theirs = prune_theirs(job, dense, windows, settings)
-            if theirs.keys() != {f"{layer.name}.weight" for layer in bench.layers}:
+            if theirs.keys() != {f"{layer.name}.weight" for layer in bench.weights.layers}:
                 raise UserError("llm-compressor prunes other layers than Billhook does")
             for weights in (prune_ours(job, bench, profile, theirs), theirs):
                 model.load_state_dict(weights, strict=False)
                 zeros = sum(int((weight == 0).sum()) for weight in weights.values())
-                perplexity = bench.evaluate_other(model, profile, ignore_progress).perplexity
+                perplexity = bench.evaluator.evaluate_other(model, profile, ignore_progress).perplexity
                 perplexities.append(perplexity or float("nan"))
                 shares = zeros / sum(weight.numel() for weight in weights.values())
                 print(f"  {job.title}: {shares:.2%} zeros, perplexity {perplexities[-1]:.2f}", flush=True)

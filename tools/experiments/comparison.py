@@ -198,11 +198,11 @@ def _make_rows(
             write_comparison(directory, known)
             print_line(console, describe_dense(known))
         if benchmarks and not known.dense_scores:
-            bench.restore(DENSE)
+            bench.pruner.restore(DENSE)
             known.dense_scores, known.dense_answers = _ask_tasks(benchmarks, bench.model, bench, "dense", progress)
             write_comparison(directory, known)
         if bench.questions:
-            bench.ask("dense", "validation", progress)
+            bench.evaluator.ask("dense", "validation", progress)
         standing, under = list_standing(jobs), None
         for i, job in enumerate(jobs):
             begin(job.title, total - len(jobs) + i)
@@ -231,7 +231,7 @@ def _take_up(job: Job, known: Comparison, bench: "Workbench") -> MadeRow | None:
         return None
     row, checkpoint = known.unasked.row, known.unasked.checkpoint
     try:
-        bench.restore(checkpoint)
+        bench.pruner.restore(checkpoint)
     except DamagedArtifact as error:
         bench.warn(f"{error}; the row is made again")
         return None
@@ -243,7 +243,7 @@ def _profile(bench: "Workbench", settings: CompareSettings, jobs: list[Job], pro
     began = time.monotonic()
     recipes = [job.recipe for job in jobs if isinstance(job.recipe, Recipe)]
     profile = bench.profile(progress, masks_only=not any(recipe.changes_survivors for recipe in recipes))
-    dense = bench.read_profile(profile).dense.perplexity
+    dense = bench.profiles.read(profile).dense.perplexity
     assert dense is not None, "the workbench refuses a dense model that is not finite"
     return Comparison(
         settings=_fingerprint(settings),

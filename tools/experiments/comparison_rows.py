@@ -54,19 +54,21 @@ def make_row(
     decide = _search if job.kind == "search" else _allocate
     decision = decide(job.recipe, job.sparsity, bench, known.profile, limits, progress)
     # what other rows or tries made, so that every row's time is its own
-    bench.forget_checkpoints([under.checkpoint] if under else [])
+    bench.pruner.forget([under.checkpoint] if under else [])
     began = time.monotonic()
     order = order_allocation(job.recipe, decision.allocation, job.recipe.polish_tokens)
-    checkpoint = bench.prune(known.profile, order, progress)
+    checkpoint = bench.pruner.prune(known.profile, order, progress)
     seconds = time.monotonic() - began + (under.row.seconds if under else 0)
-    polished = bench.read_polished(checkpoint)
-    zeros, weights = bench.count_zeros()
+    polished = bench.pruner.read_polished(checkpoint)
+    zeros, weights = bench.weights.count_zeros()
     row = _fill_row(
         job,
         bench,
         known,
-        bench.evaluate(checkpoint, "validation", known.profile, progress),
-        _weigh_facts(bench.ask(checkpoint, "validation", progress), bench, progress) if bench.questions else None,
+        bench.evaluator.evaluate(checkpoint, "validation", known.profile, progress),
+        _weigh_facts(bench.evaluator.ask(checkpoint, "validation", progress), bench, progress)
+        if bench.questions
+        else None,
         achieved_sparsity=zeros / weights,
         seconds=round(seconds, 1),
         allocation_seconds=round(decision.seconds, 1),
@@ -92,7 +94,7 @@ def _allocate(
     recipe: Recipe, sparsity: float, bench: "Workbench", profile: str, limits: Limits, progress: "Progress"
 ) -> Decision:
     began = time.monotonic()
-    layers = bench.describe_layers(profile, recipe, progress)
+    layers = bench.curves.describe_layers(profile, recipe, progress)
     allocation = allocate(layers, sparsity, recipe, max_layer_sparsity=limits.max_layer_sparsity)
     walks = 1 + recipe.needs_curves if recipe.reads_curves else 0
     return Decision(allocation, walks * count_walk(bench.settings), time.monotonic() - began)
@@ -122,13 +124,13 @@ def _make_structured_row(
 
     if bench.windows.texts:
         raise ImpossiblePlan("structured rows read the calibration text alike; leave named texts out")
-    bench.restore(DENSE)
+    bench.pruner.restore(DENSE)
     try:
         made = take_parts(recipe, job.sparsity, bench, progress)
     except UserError as error:
         raise ImpossiblePlan(str(error)) from error
     model, facts = made.model, None
-    evaluation = bench.evaluate_other(model, known.profile, progress)
+    evaluation = bench.evaluator.evaluate_other(model, known.profile, progress)
     if bench.questions:
         recall = measure_recall(model, bench.questions["validation"], "questions", progress)
         facts = _weigh_facts(recall, bench, progress)
@@ -139,7 +141,7 @@ def _make_structured_row(
         )
         gain = cut / whole
     own, dense_bytes = (sum(parameter.nbytes for parameter in each.parameters()) for each in (model, bench.model))
-    gone = sum(layer.weight_OI.nbytes for layer in bench.layers) * made.removed  # of which the copy holds all
+    gone = sum(layer.weight_OI.nbytes for layer in bench.weights.layers) * made.removed  # of which the copy holds all
     row = _fill_row(
         job,
         bench,
@@ -196,4 +198,4 @@ def _weigh_facts(recall: "Recall", bench: "Workbench", progress: "Progress") -> 
     """
     from tools.measure.recall import compare_recall  # imports torch
 
-    return compare_recall(recall, bench.ask("dense", "validation", progress))
+    return compare_recall(recall, bench.evaluator.ask("dense", "validation", progress))

@@ -105,12 +105,12 @@ class Site:
 
     def prune(self, recipe: Recipe, sparsity: float = SPARSITY) -> str:
         """The checkpoint of the same sparsity in every layer."""
-        shares = allocate(self.bench.read_profile(self.profile).layers, sparsity, UPDATED)
-        return self.bench.prune(self.profile, order_allocation(recipe, shares), ignore_progress)
+        shares = allocate(self.bench.profiles.read(self.profile).layers, sparsity, UPDATED)
+        return self.bench.pruner.prune(self.profile, order_allocation(recipe, shares), ignore_progress)
 
     def forget(self) -> None:
         """The dense model again, and nothing on disk that would only be read back."""
-        self.bench.restore(DENSE)
+        self.bench.pruner.restore(DENSE)
         (self.bench.store.directory / "index.jsonl").unlink(missing_ok=True)
         self.validate(None)
 
@@ -119,7 +119,7 @@ class Site:
         for path in (self.bench.directory / "evaluations").glob("*.json"):
             path.unlink()
         if checkpoint is not None:
-            self.bench.evaluate(checkpoint, "validation", self.profile, ignore_progress)
+            self.bench.evaluator.evaluate(checkpoint, "validation", self.profile, ignore_progress)
 
     def time(self, *tasks: Task) -> list[list[float]]:
         """The seconds of each task in each round; a round runs all tasks, one after another.
@@ -151,8 +151,8 @@ def bench_passes(site: Site) -> Iterator[Result]:
     def profile() -> None:
         count, lead, windows_BT = site.settings.gradient_windows, bench.windows.lead, site.calibration_BT
         seed = site.settings.seed
-        team, extent = work_alone(blocks, bench.layers, windows_BT, count, seed, bench.directory, lead=lead)
-        collect_statistics(team, extent, bench.layers, ignore_progress, lambda name, moment_II: None)
+        team, extent = work_alone(blocks, bench.weights.layers, windows_BT, count, seed, bench.directory, lead=lead)
+        collect_statistics(team, extent, bench.weights.layers, ignore_progress, lambda name, moment_II: None)
 
     def read_out() -> None:
         for hidden_BTD in pass_blocks(blocks, bench.windows.validation.to(bench.device)).values():
@@ -207,12 +207,12 @@ def bench_updates(site: Site) -> Iterator[Result]:
             Task(partial(prune_as_published, weight_OI, moment_II, SPARSITY)),
         )
         yield Result(f"obs/{side}", f"SparseGPT, {side} x {side}, fp32", "the published loop", ours, published)
-    for layer in bench.layers:
+    for layer in bench.weights.layers:
         shapes.setdefault(tuple(layer.weight_OI.shape), []).append(layer.name)
-    stored, totals = bench.read_profile(site.profile), []
+    stored, totals = bench.profiles.read(site.profile), []
     for members in shapes.values():
         name = members[len(members) // 2]
-        weight_OI = bench.dense[name].to(bench.device)
+        weight_OI = bench.weights.dense[name].to(bench.device)
         moment_II = read_moment(bench.store, stored.moments[stored.group[name]], bench.device)
         gamma_O = bench.store.read_tensors(stored.means)[f"plain/{name}"].to(bench.device)
         zeros = round(SPARSITY * weight_OI.numel())
@@ -226,7 +226,7 @@ def bench_updates(site: Site) -> Iterator[Result]:
     refit, obs, published = (
         [sum(taken) for taken in zip(*seconds, strict=False)] for seconds in zip(*totals, strict=True)
     )
-    what = f"{len(bench.layers)} layers: each shape's time as often as it occurs"
+    what = f"{len(bench.weights.layers)} layers: each shape's time as often as it occurs"
     yield Result("refit/obs", f"refit in steps, {what}", "SparseGPT, ours", refit, obs)
     yield Result("refit/published", f"refit in steps, {what}", "SparseGPT, the published loop", refit, published)
     yield Result("obs/model", f"SparseGPT, {what}", "the published loop", obs, published)
@@ -245,7 +245,7 @@ def make_layer(rows: int, columns: int, device: torch.device) -> tuple[Tensor, T
 
 def bench_workers(site: Site) -> Iterator[Result]:
     """Profile and validation by all workers, beside the same by one of them."""
-    cluster = site.bench.cluster
+    cluster = site.bench.crew.cluster
     assert cluster is not None
     one, other = site.prune(WANDA), site.prune(WANDA, SPARSITY - 0.1)
     count = cluster.size
@@ -254,7 +254,7 @@ def bench_workers(site: Site) -> Iterator[Result]:
         def prepare() -> None:
             cluster.use(count)
             site.validate(other)  # so that no block's weights are those that the task begins with
-            site.bench.restore(one)  # as after a prune; layers have yet to travel to the workers
+            site.bench.pruner.restore(one)  # as after a prune; layers have yet to travel to the workers
             cluster.use(used)
 
         return Task(run, prepare)

@@ -40,7 +40,7 @@ def measure_checkpoints(
             path = bench.directory / "evaluations" / f"{benchmark.name}-{checkpoint[:16]}.json"
             results = _read_kept(path, benchmark, label)
             if results is None:
-                bench.restore(checkpoint)
+                bench.pruner.restore(checkpoint)
                 results = run_benchmark(benchmark, bench.model, bench.tokenizer, label, progress)
                 write_json(path, Results(results=results).model_dump())
             warn_of_cut_prompts(results, bench.warn)

@@ -27,7 +27,7 @@ from tools.plans.work_order import WorkOrder, prune_alone
 from tools.results.losses import Evaluation, compare_kl
 from tools.results.schema import TextFigures
 from tools.workbench.bench import Workbench
-from tools.workbench.probes import Probe
+from tools.workbench.probes import Probe, probe_orders
 from tools.workbench.store import DENSE
 
 Result = TypeVar("Result")
@@ -120,8 +120,8 @@ def inspect_layers(round_: Round, selector: str) -> Figures:
     KL curves are in nats per token at `LEVELS`, `peak` as `LayerProfile` has it. Raises ImpossiblePlan when the
     selector means nothing.
     """
-    layers = round_.bench.read_profile(round_.profile).layers
-    now = dict(zip(round_.bench.by_name, round_.bench.sparsities(), strict=True))
+    layers = round_.bench.profiles.read(round_.profile).layers
+    now = dict(zip(round_.bench.weights.by_name, round_.bench.weights.sparsities(), strict=True))
     names = set(select_layers(selector, layers))
     chosen = [layer for layer in layers if layer.name in names]
     total = sum(layer.weights for layer in chosen)
@@ -154,7 +154,7 @@ def predict(round_: Round, draft: Draft) -> Figures:
     """
     round_.admit([draft], 0)
     order = round_.resolve(draft)
-    layers = {layer.name: layer for layer in round_.bench.read_profile(round_.profile).layers}
+    layers = {layer.name: layer for layer in round_.bench.profiles.read(round_.profile).layers}
     zeros = order.zeros
     shares = {name: count / layers[name].weights for name, count in zeros.items()}
     mask_kl = _sum_kl(layers, shares, list(layers))
@@ -248,8 +248,8 @@ def probe(round_: Round, drafts: Sequence[Draft], tokens: int | None = None, *, 
     places: dict[int, int] = {}
     known = find_known(round_.probed, windows * bench.settings.window)
     turns = sorted(orders, key=lambda number: orders[number].id not in known)  # those that are known take no time
-    for first in range(0, len(turns), bench.abreast):
-        together = turns[first : first + bench.abreast]
+    for first in range(0, len(turns), bench.crew.abreast):
+        together = turns[first : first + bench.crew.abreast]
         if first and not round_.in_time():
             for number in turns[first:]:
                 figures[number] = {"error": LATE}
@@ -276,7 +276,8 @@ def _probe_together(
     tokens = windows * bench.settings.window
     round_.book(sum(count_rest(round_.probed, order.id, tokens) for order in fresh), fresh)
     best, keep = find_best_whole(round_.probed), round_.keep
-    return bench.probe(round_.profile, orders, windows, round_.progress, back=round_.present, keep=keep, best=best)
+    progress, back = round_.progress, round_.present
+    return probe_orders(bench, round_.profile, orders, windows, progress, back=back, keep=keep, best=best)
 
 
 def count_windows(bench: Workbench, tokens: int | None, *, whole: bool) -> int:
@@ -310,7 +311,7 @@ def _note(bench: Workbench, order: WorkOrder, made: Probe, told: Figures) -> Pro
 
 
 def _resolve(round_: Round, draft: Draft) -> WorkOrder:
-    return prune_alone(round_.resolve(draft), draft.alone, round_.bench.read_profile(round_.profile).layers)
+    return prune_alone(round_.resolve(draft), draft.alone, round_.bench.profiles.read(round_.profile).layers)
 
 
 def _try(work: Callable[[], Result]) -> Result | str:
@@ -331,7 +332,7 @@ def _refuse_if_none(figures: Sequence[Figures]) -> None:
 
 def _describe_probe(round_: Round, order: WorkOrder, evaluation: Evaluation, windows: int) -> Figures:
     bench = round_.bench
-    dense = bench.losses.take_part(bench.read_profile(round_.profile).dense, windows)
+    dense = bench.losses.take_part(bench.profiles.read(round_.profile).dense, windows)
     figures: Figures = {
         "tokens": windows * bench.settings.window,
         "sparsity": round_figure(order.sparsity),
@@ -345,7 +346,7 @@ def _describe_probe(round_: Round, order: WorkOrder, evaluation: Evaluation, win
         figures["worst_window_kl"] = round_figure(max(kl for kl in evaluation.kl if kl is not None))
     present: Evaluation | None = None
     if round_.present != DENSE and evaluation.finite and not order.alone:
-        whole = bench.evaluate(round_.present, "validation", round_.profile, round_.progress)
+        whole = bench.evaluator.evaluate(round_.present, "validation", round_.profile, round_.progress)
         present = bench.losses.take_part(whole, windows)
         figures["present_kl"] = round_figure(present.mean_kl)
         figures |= _round_change(*compare_kl(evaluation, present))

@@ -3,42 +3,30 @@
 Everything it makes goes to disk under the hash of its content, so a killed run goes on where it was.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from tools.base.errors import BrokenBaseline, BrokenPlan
-from tools.base.failures import explain_work
 from tools.base.memory import measure_peak
 from tools.base.progress import Progress, Warn, Warner
-from tools.base.settings import Split, TeamSettings
+from tools.base.settings import TeamSettings
 from tools.estimate.memory import Course, choose_for_run
-from tools.measure.recall import Recall, count_right, encode_questions
+from tools.measure.recall import encode_questions
 from tools.models.blocks import Blocks
 from tools.models.gguf import reading_once
-from tools.models.layers import Layer, find_layers, measure_reach, refuse_small_reach
+from tools.models.layers import find_layers, measure_reach, refuse_small_reach
 from tools.models.load import load_model
 from tools.models.positions import refuse_long_windows
 from tools.models.streamed import find_stream, forget_loading
-from tools.plans.cuts import CutOrder, Target
-from tools.plans.layer_profile import LayerProfile
-from tools.plans.recipe import Recipe
-from tools.plans.work_order import WorkOrder
-from tools.results.losses import Evaluation
-from tools.results.schema import Polished, Reach
+from tools.results.schema import Reach
 from tools.statistics.experts import describe_few
 from tools.statistics.kept_passages import PassageFiles, forget_walks
-from tools.team.cluster import Cluster
 from tools.team.identity import hash_weights
 from tools.team.worker import Texts
 from tools.texts.windows import count_lead, cut_windows
 from tools.workbench.changed import refuse_changed
 from tools.workbench.checked import check_once
-from tools.workbench.checkpoints import LayerRecord
 from tools.workbench.crew import gather_crew
 from tools.workbench.curves import Curves
 from tools.workbench.cuts import Cuts
@@ -46,12 +34,10 @@ from tools.workbench.evaluate import Evaluator
 from tools.workbench.layer_pruning import LayerPruner
 from tools.workbench.losses import Losses
 from tools.workbench.polish import Polisher
-from tools.workbench.probes import Probe, probe_orders
 from tools.workbench.profiles import Profiles
 from tools.workbench.prune import Pruner
 from tools.workbench.room import fit_disk
 from tools.workbench.store import ArtifactStore, Index
-from tools.workbench.stored import StoredProfile
 from tools.workbench.weights import Weights
 from tools.workbench.written import Author
 
@@ -151,16 +137,6 @@ class Workbench:
         )
         progress("load model", 1, 1)
 
-    @contextmanager
-    def _explained(self, what: str, kind: type[BrokenPlan] | type[BrokenBaseline] = BrokenPlan) -> Iterator[None]:
-        """As `explain_work`; no second moment is held where it breaks."""
-        with explain_work(what, kind):
-            try:
-                yield
-            except Exception:
-                self.profiles.let_go()
-                raise
-
     def close(self) -> None:
         """Let workers go that were gathered."""
         self.crew.close()
@@ -177,38 +153,6 @@ class Workbench:
         self._warn.tell = tell
 
     @property
-    def layers(self) -> list[Layer]:
-        """The prunable layers, in the model's order."""
-        return self.weights.layers
-
-    @property
-    def by_name(self) -> dict[str, Layer]:
-        """The same, by name."""
-        return self.weights.by_name
-
-    @property
-    def dense(self) -> Mapping[str, Tensor]:
-        """The weights of each layer as it was loaded, (O, I), on the CPU."""
-        return self.weights.dense
-
-    @property
-    def installed(self) -> Mapping[str, str]:
-        """The artifact of each layer in the model now."""
-        return self.weights.installed
-
-    def sparsities(self) -> list[float]:
-        """As `Weights.sparsities`."""
-        return self.weights.sparsities()
-
-    def count_zeros(self) -> tuple[int, int]:
-        """As `Weights.count_zeros`."""
-        return self.weights.count_zeros()
-
-    def hash_masks(self) -> str:
-        """As `Weights.hash_masks`."""
-        return self.weights.hash_masks()
-
-    @property
     def told_reach(self) -> Reach:
         """How much of the model is prunable, as reports tell it."""
         reach = self.reach
@@ -218,138 +162,14 @@ class Workbench:
 
     def profile(self, progress: Progress, first: str = "", *, masks_only: bool = False) -> str:
         """As `Profiles.make`; warns of experts that the calibration text says little of."""
-        with self._explained("profiling the model", BrokenBaseline):
-            profile = self.profiles.make(progress, first, masks_only=masks_only)
-            few = "" if first else describe_few(self.read_profile(profile).few, self.layers)
-            if few:
-                self._warn(few)
-            return profile
-
-    def profile_bare(self, progress: Progress) -> str:
-        """As `Profiles.make_bare`."""
-        with self._explained("measuring the dense model", BrokenBaseline):
-            return self.profiles.make_bare(progress)
-
-    def read_profile(self, profile: str) -> StoredProfile:
-        """As `Profiles.read`."""
-        return self.profiles.read(profile)
-
-    def describe_layers(self, profile: str, recipe: Recipe, progress: Progress) -> list[LayerProfile]:
-        """As `Curves.describe_layers`."""
-        with self._explained(f"measuring what {recipe.label} needs to know of layers"):
-            return self.curves.describe_layers(profile, recipe, progress)
-
-    def read_layers(self, profile: str, recipe: Recipe, progress: Progress) -> list[LayerProfile]:
-        """As `Curves.read_layers`."""
-        with self._explained(f"measuring what {recipe.label} needs to know of layers"):
-            return self.curves.read_layers(profile, recipe, progress)
-
-    def has_layers(self, profile: str, recipe: Recipe) -> bool:
-        """As `Curves.has_layers`."""
-        return self.curves.has_layers(profile, recipe)
-
-    def measure_parts(self, profile: str, target: Target, progress: Progress) -> str:
-        """As `Cuts.measure`."""
-        with self._explained("measuring the model's parts", BrokenBaseline):
-            return self.cuts.measure(profile, target, progress)
-
-    def build_cut(self, checkpoint: str) -> tuple[Any, CutOrder] | None:
-        """As `Pruner.build_cut`."""
-        return self.pruner.build_cut(checkpoint)
-
-    # --- prune and restore --------------------------------------------------------------------------------------
-
-    def prune(self, profile: str, order: WorkOrder, progress: Progress) -> str:
-        """As `Pruner.prune`."""
-        with self._explained("pruning"):
-            return self.pruner.prune(profile, order, progress)
-
-    def restore(self, checkpoint: str) -> list[str]:
-        """As `Pruner.restore`."""
-        return self.pruner.restore(checkpoint)
-
-    def read_checkpoint(self, checkpoint: str) -> dict[str, LayerRecord]:
-        """As `Pruner.read_checkpoint`."""
-        return self.pruner.read_checkpoint(checkpoint)
-
-    def is_made_of(self, checkpoint: str, profile: str, order: WorkOrder) -> bool:
-        """As `Pruner.is_made_of`."""
-        return self.pruner.is_made_of(checkpoint, profile, order)
-
-    def read_polished(self, checkpoint: str) -> Polished | None:
-        """As `Pruner.read_polished`."""
-        return self.pruner.read_polished(checkpoint)
-
-    def planned_sparsity(self, checkpoint: str) -> dict[str, float]:
-        """As `Pruner.planned_sparsity`."""
-        return self.pruner.planned_sparsity(checkpoint)
-
-    def forget_checkpoints(self, keep: list[str]) -> None:
-        """As `Pruner.forget`."""
-        self.pruner.forget(keep)
-
-    # --- measure ------------------------------------------------------------------------------------------------
-
-    @property
-    def cluster(self) -> Cluster | None:
-        """The workers, where there are some."""
-        return self.crew.cluster
-
-    @property
-    def abreast(self) -> int:
-        """As `Crew.abreast`."""
-        return self.crew.abreast
+        profile = self.profiles.make(progress, first, masks_only=masks_only)
+        if not first and (few := describe_few(self.profiles.read(profile).few, self.weights.layers)):
+            self._warn(few)
+        return profile
 
     def list_fitted(self) -> list[int]:
         """The calibration windows that something is fitted to: those of texts that count."""
         return list(self.windows.list_shares(self.settings.text_shares))
-
-    def evaluate(self, checkpoint: str, split: Split, profile: str, progress: Progress, label: str = "") -> Evaluation:
-        """As `Evaluator.evaluate`."""
-        with self._explained(f"measuring on the {split} text"):
-            return self.evaluator.evaluate(checkpoint, split, profile, progress, label)
-
-    def evaluate_each(
-        self, checkpoints: Sequence[str], windows: int, profile: str, progress: Progress, label: str = "validation"
-    ) -> list[Evaluation]:
-        """As `Evaluator.evaluate_each`."""
-        with self._explained("measuring on the validation text"):
-            return self.evaluator.evaluate_each(checkpoints, windows, profile, progress, label)
-
-    def evaluate_other(self, model: Any, profile: str, progress: Progress) -> Evaluation:
-        """As `Evaluator.evaluate_other`."""
-        with self._explained("measuring on the validation text"):
-            return self.evaluator.evaluate_other(model, profile, progress)
-
-    def measure_kl_each(self, checkpoints: Sequence[str], windows: Sequence[int]) -> list[float]:
-        """As `Evaluator.measure_kl_each`."""
-        with self._explained("measuring on the calibration text"):
-            return self.evaluator.measure_kl_each(checkpoints, windows)
-
-    def ask(self, checkpoint: str, split: Split, progress: Progress, label: str = "") -> Recall:
-        """As `Evaluator.ask`."""
-        with self._explained("asking questions"):
-            return self.evaluator.ask(checkpoint, split, progress, label)
-
-    def count_right(self, checkpoint: str, split: Split, progress: Progress, label: str) -> int:
-        """As `tools.measure.recall.count_right`, of a checkpoint, whose weights stay in the model."""
-        with self._explained("asking questions"):
-            self.restore(checkpoint)
-            return count_right(self.model, self.tokenizer, self.questions[split], label, progress)
-
-    def probe(
-        self,
-        profile: str,
-        orders: Sequence[WorkOrder],
-        windows: int,
-        progress: Progress,
-        *,
-        back: str,
-        keep: Sequence[str] = (),
-        best: Probe | None = None,
-    ) -> list[Probe | str]:
-        """As `tools.workbench.probes.probe_orders`."""
-        return probe_orders(self, profile, orders, windows, progress, back=back, keep=keep, best=best)
 
     def peak_memory_bytes(self) -> int:
         """The most memory used so far: of all GPUs that the model is on, else of this process."""

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from tools.base.failures import explain_layer
+from tools.base.failures import explain_layer, explain_work
 from tools.base.progress import Progress
 from tools.models.layers import Layer
 from tools.plans.layer_profile import LayerProfile
@@ -30,6 +30,7 @@ class Curves:
     def __init__(self, weights: Weights, profiles: Profiles, index: Index, crew: Crew) -> None:
         self._weights, self._profiles, self._index, self._crew = weights, profiles, index, crew
 
+    @explain_work("measuring what a recipe needs to know of layers")
     def describe_layers(self, profile: str, recipe: Recipe, progress: Progress) -> list[LayerProfile]:
         """The layers of the recipe's profile, with what its allocation needs beyond: measured once, then read back.
 
@@ -49,6 +50,7 @@ class Curves:
             for layer in self._profiles.read(profile).layers
         ]
 
+    @explain_work("measuring what a recipe needs to know of layers")
     def read_layers(self, profile: str, recipe: Recipe, progress: Progress) -> list[LayerProfile]:
         """As `describe_layers`, with KL curves that are known whatever the recipe's: no weight is touched.
 
@@ -97,6 +99,7 @@ class Curves:
                 stored.shares,
             )
         walk.forget()
+        self._profiles.let_go()
         progress(parts.label, len(layers), len(layers))
         return kappa
 

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from billhook_kernels.channels import expand_units
-from tools.base.errors import BrokenPlan, UnknownStatistics, UserError
-from tools.base.failures import explain_layer
+from tools.base.errors import BrokenBaseline, BrokenPlan, UnknownStatistics, UserError
+from tools.base.failures import explain_layer, explain_work
 from tools.base.progress import Progress
 from tools.models.artifacts import FORMAT, pack_pruned
 from tools.models.blocks import Blocks
@@ -61,6 +61,7 @@ class Cuts:
 
     # --- what can go --------------------------------------------------------------------------------------------
 
+    @explain_work("measuring the model's parts", BrokenBaseline)
     def measure(self, profile: str, target: Target, progress: Progress) -> str:
         """The artifact of what is known of the parts (`Parts`), for cuts of up to the target.
 

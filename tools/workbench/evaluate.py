@@ -10,11 +10,12 @@ from pydantic import BaseModel
 from torch import Tensor
 
 from tools.base.errors import DamagedArtifact
+from tools.base.failures import explain_work
 from tools.base.files import read_json, write_json
 from tools.base.progress import Progress, Stopped, Warn, count_up, ignore_progress
 from tools.base.settings import TEAM, Split, WorkbenchSettings
 from tools.measure.losses import SoFar
-from tools.measure.recall import EncodedPair, Recall, cut_batches, measure_recall, put_together
+from tools.measure.recall import EncodedPair, Recall, count_right, cut_batches, measure_recall, put_together
 from tools.results.losses import Evaluation, join_windows
 from tools.team.requests import ReadAnswers
 from tools.workbench.crew import Crew
@@ -72,6 +73,7 @@ class Evaluator:
         self._profiles, self._pruner, self._losses, self._crew, self._warn = profiles, pruner, losses, crew, warn
         self._calibration_hidden: Tensor | None = None
 
+    @explain_work("measuring the losses")
     def evaluate(self, checkpoint: str, split: Split, profile: str, progress: Progress, label: str = "") -> Evaluation:
         """Losses of a checkpoint on a split (`validation` or `test`); measured once, then read back.
 
@@ -160,6 +162,7 @@ class Evaluator:
         """What was measured before, if it is there and whole."""
         return self._read_kept(self._path(checkpoint, split), Evaluation, f"{split} is measured again")
 
+    @explain_work("measuring the losses")
     def evaluate_each(
         self, checkpoints: Sequence[str], windows: int, profile: str, progress: Progress, label: str = "validation"
     ) -> list[Evaluation]:
@@ -199,6 +202,7 @@ class Evaluator:
         """What `evaluate` gave on the validation text; None where it was not asked."""
         return self._read(checkpoint, "validation")
 
+    @explain_work("measuring the losses")
     def measure_kl_each(self, checkpoints: Sequence[str], windows: Sequence[int]) -> list[float]:
         """KL(dense || checkpoint) on some windows of the calibration text, as many checkpoints at once as can be.
 
@@ -237,10 +241,12 @@ class Evaluator:
             measured = self._losses.measure(split, windows, dense_hidden_BTD, label, progress, from_change=whole)
             yield checkpoint, measured[0]
 
+    @explain_work("measuring the losses")
     def evaluate_other(self, model: Any, profile: str, progress: Progress) -> Evaluation:
         """Losses on the validation text of another model of the same tokens, such as one cut from the dense one."""
         return self._losses.measure_other(model, self._profiles.read_hidden(profile), "validation", progress)
 
+    @explain_work("asking questions")
     def ask(self, checkpoint: str, split: Split, progress: Progress, label: str = "") -> Recall:
         """What a checkpoint knows of the questions of a split; asked once, then read back.
 
@@ -268,3 +274,9 @@ class Evaluator:
         ticks = count_up(progress, label, batches)
         answers = self._crew.cluster.share(ReadAnswers(split), batches)(ticks)
         return put_together(pairs, [value for answer in answers for value in answer])
+
+    @explain_work("asking questions")
+    def count_right(self, checkpoint: str, tokenizer: Any, split: Split, label: str, progress: Progress) -> int:
+        """As `tools.measure.recall.count_right`, of a checkpoint, whose weights stay in the model."""
+        self._pruner.restore(checkpoint)
+        return count_right(self._model, tokenizer, self._questions[split], label, progress)

@@ -58,10 +58,10 @@ def _take_model(bench: "Workbench", settings: TeamSettings) -> tuple[Any, Any] |
     texts = {"text", "text_weights"}
     if bench.settings.model_dump(exclude=texts) != settings.model_dump(exclude=texts):
         return None
-    if any(layer.pool for layer in bench.layers):
+    if any(layer.pool for layer in bench.weights.layers):
         return None
     with suppress(DamagedArtifact):
-        bench.restore(DENSE)
+        bench.pruner.restore(DENSE)
         return bench.model, bench.tokenizer
     return None
 

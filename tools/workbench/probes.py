@@ -49,12 +49,12 @@ def probe_orders(
     """Prune by each order as `prune` would, measure it on so many windows of the validation text (`Losses.list_part`),
     and put the weights of the checkpoint `back` back, bit for bit. In place of losses: why one cannot be carried out.
 
-    They are measured at once, no more of them than can be (`Workbench.abreast`); each once, then read back. Layers on
+    They are measured at once, no more of them than can be (`Crew.abreast`); each once, then read back. Layers on
     disk are deleted, so that many probes take no more room than those that are measured at once; but for those of
     `back`, of the checkpoints to `keep`, of the best probe of these and the `best` so far, and of these themselves.
     """
     part = bench.losses.list_part("validation", windows)
-    keys = [_name_probe(bench.read_profile(profile), order, part) for order in orders]
+    keys = [_name_probe(bench.profiles.read(profile), order, part) for order in orders]
     found: dict[int, Probe | str] = {}
     for number, key in enumerate(keys):
         if (known := bench.index.read_measured(key)) is not None:
@@ -66,20 +66,20 @@ def probe_orders(
     try:
         for number in missing:
             try:
-                batch[number] = bench.prune(profile, orders[number], progress)
+                batch[number] = bench.pruner.prune(profile, orders[number], progress)
             except ImpossiblePlan as error:
                 found[number] = str(error)
-        evaluations = bench.evaluate_each(list(batch.values()), windows, profile, progress, "probe")
+        evaluations = bench.evaluator.evaluate_each(list(batch.values()), windows, profile, progress, "probe")
         tried = [
             Probe(checkpoint, orders[number].sparsity, losses)
             for (number, checkpoint), losses in zip(batch.items(), evaluations, strict=True)
         ]
         best = find_best([best, *tried])
-        bench.forget_checkpoints([back, *keep, *([best.checkpoint] if best else []), *batch.values()])
+        bench.pruner.forget([back, *keep, *([best.checkpoint] if best else []), *batch.values()])
     except BrokenPlan as error:
         return [found.get(number, str(error)) for number in range(len(orders))]
     finally:
-        bench.restore(back)
+        bench.pruner.restore(back)
     for number, probe in zip(batch, tried, strict=True):
         bench.index.keep_measured(keys[number], probe.losses.model_dump() | {"checkpoint": probe.checkpoint})
         found[number] = probe

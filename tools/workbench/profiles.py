@@ -10,7 +10,8 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from billhook_kernels.methods import LayerStatistics
-from tools.base.errors import DamagedArtifact, ImpossiblePlan, UserError
+from tools.base.errors import BrokenBaseline, DamagedArtifact, ImpossiblePlan, UserError
+from tools.base.failures import explain_work
 from tools.base.progress import Progress, Stopped, ignore_progress
 from tools.base.settings import QUESTIONS, RUN, Calibration, WorkbenchSettings
 from tools.measure.losses import SoFar
@@ -58,6 +59,7 @@ class Profiles:
         self._last: tuple[str, StoredProfile, dict[str, Tensor]] | None = None
         self._shared: tuple[list[tuple[str | Held, float]], LayerStatistics] | None = None
 
+    @explain_work("profiling the model", BrokenBaseline)
     def make(self, progress: Progress, first: str = "", *, masks_only: bool = False) -> str:
         """Statistics, KL curves and the dense model's losses, kept as artifacts; the id of the profile.
 
@@ -79,6 +81,7 @@ class Profiles:
             *self._measure_dense(progress), progress, "masks" if masks_only else self._moments.kind
         )
 
+    @explain_work("measuring the dense model", BrokenBaseline)
     def make_bare(self, progress: Progress) -> str:
         """The dense model's losses alone, kept as an artifact: the profile of a run that takes whole parts away.
 

@@ -4,6 +4,7 @@ from functools import partial
 from typing import Any
 
 from tools.base.errors import DamagedArtifact
+from tools.base.failures import explain_work
 from tools.base.progress import Progress, ignore_progress
 from tools.plans.cuts import CutOrder
 from tools.plans.groups import refuse_two_walks
@@ -36,6 +37,7 @@ class Pruner:
 
     # --- prune -------------------------------------------------------------------------------------------------
 
+    @explain_work("pruning")
     def prune(self, profile: str, order: WorkOrder, progress: Progress) -> str:
         """Prune every layer from its dense weights to its number of zeros; the id of the checkpoint.
 
@@ -54,7 +56,10 @@ class Pruner:
             self._profiles.refuse_statistics(recipe)
         found = {recipe: self._profiles.find(profile, recipe, progress) for recipe in recipes}
         tasks = {name: LayerTask(x.zeros, x.recipe, found[x.recipe]) for name, x in order.layers.items()}
-        made = self._prune_all(tasks, order.polish, progress)
+        try:
+            made = self._prune_all(tasks, order.polish, progress)
+        finally:
+            self._profiles.let_go()
         checkpoint = make_checkpoint(tasks, made, order.polish)
         return self._store.write_json(checkpoint.model_dump(exclude_none=True))
 

@@ -69,7 +69,7 @@ def search_allocation(
     there is less text than that selects on. Raises ImpossiblePlan.
     """
     began = time.monotonic()
-    layers, fitted = bench.describe_layers(profile, recipe, progress), bench.list_fitted()
+    layers, fitted = bench.curves.describe_layers(profile, recipe, progress), bench.list_fitted()
     rules = follow_effort(
         effort,
         window=bench.settings.window,
@@ -119,9 +119,9 @@ class _Running:
         """As `tools.plans.evolve.Measure`."""
         self.progress(f"evolution for {self.recipe.mask_label}, tokens", self.tokens, self.rules.planned_tokens)
         orders = [order_allocation(self.recipe, describe_zeros(self.layers, zeros)) for zeros in candidates]
-        checkpoints = [self.bench.prune(self.profile, order, lambda *_: None) for order in orders]
+        checkpoints = [self.bench.pruner.prune(self.profile, order, lambda *_: None) for order in orders]
         self.tokens += len(candidates) * len(windows) * self.rules.window
-        return self.bench.measure_kl_each(checkpoints, [self.fitted[window] for window in windows])
+        return self.bench.evaluator.measure_kl_each(checkpoints, [self.fitted[window] for window in windows])
 
     def keep(self, search: Search) -> None:
         """To go on from, should it be interrupted."""

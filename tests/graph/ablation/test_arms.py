@@ -43,14 +43,14 @@ def test_an_arm_counts_all_it_puts_through_the_model_and_what_failed(
     bench: Workbench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     profile = bench.profile(ignore)
-    prune = bench.prune
+    prune = bench.pruner.prune
 
     def break_wanda(profile: str, order: Any, progress: Any) -> str:
         if next(iter(order.layers.values())).recipe.method == "wanda":
             raise BrokenPlan("no memory")
         return prune(profile, order, progress)
 
-    monkeypatch.setattr(bench, "prune", break_wanda)
+    monkeypatch.setattr(bench.pruner, "prune", break_wanda)
     settings = make_settings(bench.settings.model, evaluated_tokens=4 * TRIAL + SEQUENTIAL)
     arm = Arm(bench, profile, settings, ignore, time.monotonic())
     impossible = plan("two-sided:uniform", Adjustment(selector="*", action="protect"))
@@ -61,8 +61,8 @@ def test_an_arm_counts_all_it_puts_through_the_model_and_what_failed(
     chosen = arm.keep_best(iter(tried))
     assert (chosen.trials, chosen.failed, chosen.dear) == (2, 2, 1)
     assert chosen.tokens == SEQUENTIAL + 3 * TRIAL, "what broke is paid for with its trial"
-    made = [bench.prune(profile, resolve(arm, x), ignore) for x in tried[3::2]]
-    kls = [bench.evaluate(checkpoint, "validation", profile, ignore).mean_kl or 0.0 for checkpoint in made]
+    made = [bench.pruner.prune(profile, resolve(arm, x), ignore) for x in tried[3::2]]
+    kls = [bench.evaluator.evaluate(checkpoint, "validation", profile, ignore).mean_kl or 0.0 for checkpoint in made]
     best = kls.index(min(kls))
     assert chosen.plan == ("45.0% two-sided:uniform", "45.0% two-sided:kappa-mask")[best]
     with pytest.raises(UserError, match=r"^no plan of it comes to 45\.00% within .* \(1 failed, 0 took more than were"):
@@ -70,7 +70,7 @@ def test_an_arm_counts_all_it_puts_through_the_model_and_what_failed(
 
 
 def resolve(arm: Arm, plan: Plan) -> Any:
-    return arms.resolve(plan, arm.bench.read_profile(arm.profile).layers, arm.config)
+    return arms.resolve(plan, arm.bench.profiles.read(arm.profile).layers, arm.config)
 
 
 def test_an_arm_out_of_time_makes_its_first_trial_and_no_other(bench: Workbench) -> None:

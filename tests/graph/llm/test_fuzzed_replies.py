@@ -293,7 +293,7 @@ def test_any_conversation(
     monkeypatch.setattr(ladder, "_rungs", {})
     (bench.directory / "events.jsonl").write_text("")
     session = Session(bench.directory, lambda event: None, 0.0)
-    layers = bench.read_profile(profile).layers
+    layers = bench.profiles.read(profile).layers
     situation = Situation(
         CONFIG,
         layers,
@@ -314,8 +314,8 @@ def test_any_conversation(
         check_bounds(plan, situation)
     assert len(model._heard) <= 4 * (CALLS + 4)
     assert 0 <= toolbox.calls_left <= CALLS
-    assert bench.restore(DENSE) == [], "every layer is the dense one"
-    assert all(bool((layer.weight_OI == bench.dense[layer.name]).all()) for layer in bench.layers)
+    assert bench.pruner.restore(DENSE) == [], "every layer is the dense one"
+    assert all(bool((layer.weight_OI == bench.weights.dense[layer.name]).all()) for layer in bench.weights.layers)
     for line in (bench.directory / "events.jsonl").read_text(encoding="utf-8").split("\n")[:-1]:
         assert len(line) < 60_000
         told = json.loads(line)

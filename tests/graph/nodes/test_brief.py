@@ -30,9 +30,9 @@ def test_each_text_is_seen_with_its_beginning_and_what_its_own_curves_say_of_the
     with use_workbench(settings, tmp_path / "run", pytest.fail, ignore) as bench:
         state: Any = SimpleNamespace(config=config, dense=dense, profile=bench.profile(ignore))
         code, prose = look_at_texts(bench, state)
-        layers = bench.read_profile(state.profile).layers
+        layers = bench.profiles.read(state.profile).layers
         alone = {
-            name: bench.describe_layers(state.profile, Recipe(curves="mask", mix=((name, 1.0),)), ignore)
+            name: bench.curves.describe_layers(state.profile, Recipe(curves="mask", mix=((name, 1.0),)), ignore)
             for name in settings.text
         }
     assert (code.name, code.perplexity, prose.name, prose.perplexity) == ("code", 9.5, "prose", None)

@@ -59,9 +59,9 @@ def test_the_layers_on_disk_never_take_more_than_the_disk_check_reckons_with(
         (bench,) = workbench._open
         artifacts = bench.pruner.list_artifacts(made).values()
         assert all(bench.store.has(artifact, ".safetensors") for artifact in artifacts), "a resumed rollback reads them"
-    lines = list_disk(bench.model, bench.layers, bench.settings, checkpoints=config.checkpoints)
+    lines = list_disk(bench.model, bench.weights.layers, bench.settings, checkpoints=config.checkpoints)
     (line,) = [x for x in lines if x.what == "layers of checkpoints"]
-    layers = len(bench.layers)
+    layers = len(bench.weights.layers)
     assert line.how == f"{KEPT + 1} × the prunable layers, each with its mask"
     assert max(len(files) for files in sizes) == KEPT * layers, "two of the last rounds, and the one in the making"
     assert max(sum(files) for files in sizes) <= line.bytes

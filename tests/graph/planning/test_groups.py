@@ -206,11 +206,11 @@ def test_masks_of_a_group_are_those_of_a_run_of_its_recipe(bench: Workbench) -> 
         Recipe(statistics="dense"),
     )
     order = open_orders(bench, profile, CONFIG, DENSE)(plan)
-    made = bench.prune(profile, order, ignore)
-    zeros, weights = bench.count_zeros()
+    made = bench.pruner.prune(profile, order, ignore)
+    zeros, weights = bench.weights.count_zeros()
     assert zeros == round(0.45 * weights)
-    layers = bench.read_profile(profile).layers
-    found = {layer.name: layer.weight_OI.clone() for layer in bench.layers}
+    layers = bench.profiles.read(profile).layers
+    found = {layer.name: layer.weight_OI.clone() for layer in bench.weights.layers}
     for name in select_layers(dense[1], layers):
         assert bool(((found[name] == 0).reshape(-1, 4).sum(1) == 2).all())
     by = {name: layer.recipe for name, layer in order.layers.items()}
@@ -218,17 +218,17 @@ def test_masks_of_a_group_are_those_of_a_run_of_its_recipe(bench: Workbench) -> 
         others = {name: own for name, own in by.items() if own.group}  # which have no such number of zeros
         own = Recipe() if recipe.group else recipe
         alone = order_all(own, order.zeros, sparsity=0.45, predicted_kl=0.0, others=others)
-        checkpoint = bench.prune(profile, alone, ignore)
-        for layer in bench.layers:
+        checkpoint = bench.pruner.prune(profile, alone, ignore)
+        for layer in bench.weights.layers:
             if by[layer.name] == recipe:
                 assert torch.equal(layer.weight_OI, found[layer.name]) is (recipe.statistics == "dense"), layer.name
-        assert bench.is_made_of(made, profile, order) and not bench.is_made_of(checkpoint, profile, order)
+        assert bench.pruner.is_made_of(made, profile, order) and not bench.pruner.is_made_of(checkpoint, profile, order)
     for name in found:  # as if lost
         artifact_path(bench, made, name).unlink(missing_ok=True)
-    bench.restore(DENSE)
+    bench.pruner.restore(DENSE)
     bench.warn = ignore_warning
-    bench.restore(made)
-    assert all(torch.equal(layer.weight_OI, found[layer.name]) for layer in bench.layers)
+    bench.pruner.restore(made)
+    assert all(torch.equal(layer.weight_OI, found[layer.name]) for layer in bench.weights.layers)
 
 
 def ignore_warning(text: str) -> None:
@@ -239,7 +239,9 @@ def test_curves_of_several_methods_are_read_layer_by_layer(bench: Workbench) -> 
     profile = bench.profile(ignore)
     plan = make_plan({"*.v_proj": {"method": "magnitude", "refit": False}}, Recipe(statistics="dense"))
     order = open_orders(bench, profile, CONFIG, DENSE)(plan)
-    own, refit = (bench.describe_layers(profile, recipe, ignore) for recipe in reversed(list_recipes(plan, CONFIG)))
+    own, refit = (
+        bench.curves.describe_layers(profile, recipe, ignore) for recipe in reversed(list_recipes(plan, CONFIG))
+    )
     both = [a if a.kind == V else b for a, b in zip(own, refit, strict=True)]
     assert order == resolve(plan, both, CONFIG)
     assert order.zeros != resolve(plan, refit, CONFIG).zeros

@@ -47,9 +47,11 @@ from tools.surgery.slicegpt import build_sliced, slice_states
 from tools.surgery.taylor import rank_by_gradient
 from tools.team.identity import hash_weights
 from tools.workbench.bench import Workbench
+from tools.workbench.evaluate import Evaluator
 from tools.workbench.layer_pruning import LayerPruner
 from tools.workbench.open import close_workbench, use_workbench
 from tools.workbench.profiles import Profiles
+from tools.workbench.prune import Pruner
 
 RECIPES = "magnitude:uniform,wanda:owl,two-sided:alphapruning,sparsegpt:kappa,wanda~dense:evolution"
 SPARSITIES = "0.45,0.6,2:4"
@@ -137,20 +139,20 @@ def test_rows_are_what_the_workbench_gives(compared: Compared, tmp_path: Path, w
     with use_workbench(settings, tmp_path / "run", pytest.fail, lambda *_: None) as bench:
         profile = bench.profile(lambda *_: None)
         assert profile == known.profile
-        assert known.dense_perplexity == bench.read_profile(profile).dense.perplexity
+        assert known.dense_perplexity == bench.profiles.read(profile).dense.perplexity
         for row in known.rows:
             if row.allocation == "evolution":
                 continue
             recipe = parse_recipe(row.recipe).model_copy(update={"pattern": row.pattern})
-            layers = bench.describe_layers(profile, recipe, lambda *_: None)
+            layers = bench.curves.describe_layers(profile, recipe, lambda *_: None)
             allocation = allocate(layers, row.sparsity, recipe, max_layer_sparsity=0.95)
-            evaluation = bench.evaluate(
-                bench.prune(profile, order_allocation(recipe, allocation), lambda *_: None),
+            evaluation = bench.evaluator.evaluate(
+                bench.pruner.prune(profile, order_allocation(recipe, allocation), lambda *_: None),
                 "validation",
                 profile,
                 lambda *_: None,
             )
-            zeros, weights = bench.count_zeros()
+            zeros, weights = bench.weights.count_zeros()
             assert row.achieved_sparsity == zeros / weights
             assert (row.perplexity, row.kl) == (evaluation.perplexity, evaluation.mean_kl)
             assert row.kl_error == evaluation.kl_error
@@ -239,7 +241,7 @@ def test_structured_rows_are_what_tools_structure_gives(
         ):
             run_comparison(settings.model_copy(update={"sparsity": "0.97", "recipes": "structured:equal"}))
         bench, measured = tools.workbench.open._open[0], 2 * 4 * 64
-        assert bench.count_zeros() == (0, 15_360), "the dense model is left as it was"
+        assert bench.weights.count_zeros() == (0, 15_360), "the dense model is left as it was"
         wanted = StructureSettings.model_validate(
             tiny_settings(tiny_llama).model_dump(exclude=set(TEAM)) | {"remove": 0.5}
         )
@@ -279,10 +281,10 @@ def test_a_row_of_flap_is_the_masked_model_of_the_dense_one(tiny_llama: Path, tm
     try:
         (row,), lines = (made := run_comparison(settings))[0].rows, made[1]
         bench = tools.workbench.open._open[0]
-        assert bench.count_zeros() == (0, 15_360), "the dense model is left as it was"
+        assert bench.weights.count_zeros() == (0, 15_360), "the dense model is left as it was"
         ranking = rank_units(bench.model, 0.45, bench.windows.calibration, ignore_progress)
         model = build_narrowed(bench.model, ranking.narrowed)
-        evaluation = bench.evaluate_other(model, made[0].profile, ignore_progress)
+        evaluation = bench.evaluator.evaluate_other(model, made[0].profile, ignore_progress)
     finally:
         close_workbench()
     assert (row.perplexity, row.kl) == (evaluation.perplexity, evaluation.mean_kl)
@@ -301,7 +303,7 @@ def test_rows_of_other_cuts_as_published(tiny_llama: Path, tmp_path: Path, no_pl
         with pytest.raises(UserError, match=r"^structured:sleb at 50%: SLEB keeps the first and the last block: of 2 "):
             run_comparison(settings)
         bench = tools.workbench.open._open[0]
-        assert bench.count_zeros() == (0, 15_360), "the dense model is left as it was"
+        assert bench.weights.count_zeros() == (0, 15_360), "the dense model is left as it was"
         known = read_comparison(Path(settings.out))
         dense, calibration = bench.model, bench.windows.calibration
         dropped = drop_least(rank_blocks(dense, calibration, ignore_progress), 1)
@@ -312,7 +314,7 @@ def test_rows_of_other_cuts_as_published(tiny_llama: Path, tmp_path: Path, no_pl
             build_narrowed(dense, ranking.narrowed),
             build_sliced(dense, sliced),
         ]
-        found = [bench.evaluate_other(model, known.profile, ignore_progress) for model in models]
+        found = [bench.evaluator.evaluate_other(model, known.profile, ignore_progress) for model in models]
     finally:
         close_workbench()
     assert [(row.recipe, row.perplexity, row.kl) for row in known.rows] == [
@@ -400,9 +402,9 @@ def test_only_new_rows_are_made(
 @pytest.mark.parametrize(
     ("owner", "name", "count", "rows_done"),
     [
-        (Workbench, "evaluate", 2, 1),
+        (Evaluator, "evaluate", 2, 1),
         (LayerPruner, "compute", 20, 1),
-        (Workbench, "measure_kl_each", 4, 2),  # in the second generation
+        (Evaluator, "measure_kl_each", 4, 2),  # in the second generation
         (Profiles, "_measure_dense", 1, 0),
         (tools.results.comparison, "as_csv", 3, 2),
     ],
@@ -454,7 +456,7 @@ def test_nothing_is_pruned_again_whose_tasks_were_broken_off(
     no_plot: None,
 ) -> None:
     """The model of each task's question is told by its zeros."""
-    asked, pruned, prune = [], [], Workbench.prune
+    asked, pruned, prune = [], [], Pruner.prune
 
     def ask(_benchmark: Any, model: Any, _tokenizer: Any, label: str, _progress: Any) -> list[Any]:
         asked.append(label)
@@ -470,7 +472,7 @@ def test_nothing_is_pruned_again_whose_tasks_were_broken_off(
 
     monkeypatch.setattr(tools.experiments.comparison, "load_benchmarks", lambda *_: ["mmlu"])
     monkeypatch.setattr(tools.experiments.comparison, "run_benchmark", ask)
-    monkeypatch.setattr(Workbench, "prune", record)
+    monkeypatch.setattr(Pruner, "prune", record)
     settings = make_settings(tiny_llama, tmp_path / "out", recipes="magnitude:uniform,wanda:uniform", sparsity="0.45")
     with pytest.raises(KeyboardInterrupt):
         run_comparison(settings)

@@ -38,7 +38,7 @@ def make_round(bench: Workbench) -> Callable[..., Round]:
         profile = bench.profile(ignore)
         present = DENSE
         if accepted:
-            present = bench.prune(profile, resolver(bench, profile)(accepted), ignore)
+            present = bench.pruner.prune(profile, resolver(bench, profile)(accepted), ignore)
         return Round(bench, profile, resolver(bench, profile, present), ignore, present=present, **more)
 
     return make

@@ -56,7 +56,7 @@ REFIT = Draft(sparsity=0.4)
 def hash_weights(bench: Workbench) -> str:
     """A hash of the bits of all weights."""
     digest = hashlib.sha256()
-    for layer in bench.layers:
+    for layer in bench.weights.layers:
         digest.update(layer.stored_weight.contiguous().view(-1).numpy().tobytes())
     return digest.hexdigest()
 
@@ -72,7 +72,7 @@ def strip(figures: dict[str, Any]) -> dict[str, Any]:
 def test_inspect_shows_the_whole_profile_of_what_a_selector_means(make_round: Callable[..., Round]) -> None:
     round_ = make_round(WANDA)
     figures = inspect_layers(round_, "blocks 0 · *.q_proj")
-    layer = round_.bench.read_profile(round_.profile).layers[0]
+    layer = round_.bench.profiles.read(round_.profile).layers[0]
     assert layer.name.endswith("0.self_attn.q_proj")
     name, weights, now, wanda_z, grad_z, peak, *kappa = figures["rows"][0].split()
     assert figures["columns"].split() == [
@@ -91,7 +91,7 @@ def test_inspect_shows_the_whole_profile_of_what_a_selector_means(make_round: Ca
 
 def test_inspect_leaves_rows_out_aloud(make_round: Callable[..., Round], monkeypatch: pytest.MonkeyPatch) -> None:
     round_ = make_round()
-    layers = len(round_.bench.layers)
+    layers = len(round_.bench.weights.layers)
     assert layers <= MAX_INSPECTED and "rows_left_out" not in inspect_layers(round_, "*")
     monkeypatch.setattr("tools.instruments.functions.MAX_INSPECTED", 3)
     figures = inspect_layers(round_, "*")
@@ -106,27 +106,27 @@ def test_inspect_leaves_rows_out_aloud(make_round: Callable[..., Round], monkeyp
 def test_predict_is_the_allocation_that_a_round_would_have(make_round: Callable[..., Round]) -> None:
     round_ = make_round(WANDA)
     bench, before = round_.bench, hash_weights(round_.bench)
-    names = list(bench.by_name)
+    names = list(bench.weights.by_name)
     groups = {"early": names[: len(names) // 2], "late": names[len(names) // 2 :]}
     round_ = replace(round_, groups=groups)
     figures = predict(round_, REFIT)
     assert hash_weights(bench) == before, "curves are measured on the dense weights"
     plan, config = Plan.model_validate(REFIT.model_dump()), RunConfig(protect=["*.v_proj"])
-    allocation = resolve(plan, bench.describe_layers(round_.profile, REFIT.recipe, ignore), config)
-    masks = resolve(plan, bench.read_profile(round_.profile).layers, config)
+    allocation = resolve(plan, bench.curves.describe_layers(round_.profile, REFIT.recipe, ignore), config)
+    masks = resolve(plan, bench.profiles.read(round_.profile).layers, config)
     assert figures["sparsity"] == pytest.approx(0.4, abs=5e-4)
     assert figures["predicted_kl"] == pytest.approx(allocation.predicted_kl, rel=1e-3)
     assert figures["mask_kl"] >= masks.predicted_kl * 0.999, "no allocation is better by the curves of the mask"
     assert sum(kl for _, kl in figures["groups"].values()) == pytest.approx(1, abs=0.01)
     for selector, (share, _) in figures["groups"].items():
         zeros = sum(allocation.zeros[name] for name in groups[selector])
-        weights = sum(bench.dense[name].numel() for name in groups[selector])
+        weights = sum(bench.weights.dense[name].numel() for name in groups[selector])
         assert share == pytest.approx(zeros / weights, rel=1e-3)
 
 
 def test_predict_names_the_groups_that_cost_most(make_round: Callable[..., Round]) -> None:
     round_ = make_round()
-    names = list(round_.bench.by_name)
+    names = list(round_.bench.weights.by_name)
     groups = {f"g{i}": [names[i % len(names)]] for i in range(MAX_TOLD_GROUPS + 5)}
     figures = predict(replace(round_, groups=groups), WANDA)
     costs = [kl for _, kl in figures["groups"].values()]
@@ -158,14 +158,14 @@ def test_predict_tells_the_share_of_each_layer_that_is_asked_for(
     assert predict(round_, alone)["predicted_kl"] == probed["predicted_kl"] < predict(round_, mask)["predicted_kl"]
     assert list(told) == [name for name in zeros if name.endswith(".down_proj")]
     for name, share in told.items():
-        assert share == pytest.approx(zeros[name] / round_.bench.dense[name].numel(), rel=1e-3)
+        assert share == pytest.approx(zeros[name] / round_.bench.weights.dense[name].numel(), rel=1e-3)
     monkeypatch.setattr("tools.instruments.functions.MAX_INSPECTED", 1)
     assert list(predict(round_, alone)["alone"].items()) == [*told.items()][:1]
 
 
 def test_several_predictions_stand_beside_one_another(make_round: Callable[..., Round]) -> None:
     round_ = make_round()
-    names = list(round_.bench.by_name)
+    names = list(round_.bench.weights.by_name)
     round_ = replace(round_, groups={"early": names[: len(names) // 2], "late": names[len(names) // 2 :]})
     bounds = Adjustment(selector="*", action="bounds", high=0.2)
     impossible = Draft(sparsity=0.4, adjustments=[bounds])
@@ -202,16 +202,18 @@ def test_a_probe_of_some_layers_leaves_all_others_dense(make_round: Callable[...
             "layers": {x: y if x == name else y.model_copy(update={"zeros": 0}) for x, y in order.layers.items()},
         }
     )
-    checkpoint = bench.prune(round_.profile, alone, ignore)
-    assert {x for x, made in bench.read_checkpoint(checkpoint).items() if made.artifact != DENSE} == {name}
-    real = bench.evaluate(checkpoint, "validation", round_.profile, ignore)
+    checkpoint = bench.pruner.prune(round_.profile, alone, ignore)
+    assert {x for x, made in bench.pruner.read_checkpoint(checkpoint).items() if made.artifact != DENSE} == {name}
+    real = bench.evaluator.evaluate(checkpoint, "validation", round_.profile, ignore)
     assert figures["kl"] == pytest.approx(real.mean_kl, rel=1e-3)
     assert figures["worst_window_kl"] == pytest.approx(max(real.kl), rel=1e-3)
-    (layer,) = (x for x in bench.read_profile(round_.profile).layers if x.name == name)
+    (layer,) = (x for x in bench.profiles.read(round_.profile).layers if x.name == name)
     own = predict_layer_kl(layer, np.array([order.zeros[name] / layer.weights]))[0]
     assert figures["predicted_kl"] == pytest.approx(own, rel=1e-3), "of these layers"
     assert "kl_change" not in figures, "beside weights that are all pruned it would say nothing"
-    assert figures["sparsity"] == pytest.approx(order.zeros[name] / sum(x.numel() for x in bench.dense.values()), 1e-3)
+    assert figures["sparsity"] == pytest.approx(
+        order.zeros[name] / sum(x.numel() for x in bench.weights.dense.values()), 1e-3
+    )
     with pytest.raises(ImpossiblePlan, match="means no layer"):
         probe(round_, [draft.model_copy(update={"alone": "*.nothing"})])
 
@@ -251,15 +253,15 @@ def test_probe_measures_what_a_round_would_and_puts_everything_back(
 ) -> None:
     round_ = make_round(accepted)
     bench, before = round_.bench, hash_weights(round_.bench)
-    present = bench.evaluate(round_.present, "validation", round_.profile, ignore)
+    present = bench.evaluator.evaluate(round_.present, "validation", round_.profile, ignore)
     figures = probe(round_, [REFIT], tokens)[0]
     assert hash_weights(bench) == before
-    assert bench.restore(round_.present) == []
-    checkpoint = bench.prune(round_.profile, round_.resolve(REFIT), ignore)
-    real = bench.evaluate(checkpoint, "validation", round_.profile, ignore)
+    assert bench.pruner.restore(round_.present) == []
+    checkpoint = bench.pruner.prune(round_.profile, round_.resolve(REFIT), ignore)
+    real = bench.evaluator.evaluate(checkpoint, "validation", round_.profile, ignore)
     part = [0, 2] if windows == 2 else list(range(windows))
     kl, nll = ([losses[window] for window in part] for losses in (real.kl, real.nll))
-    dense = bench.read_profile(round_.profile).dense
+    dense = bench.profiles.read(round_.profile).dense
     assert figures["tokens"] == 64 * windows
     assert figures["kl"] == pytest.approx(sum(kl) / windows, rel=1e-3)
     assert (figures["kl_error"] is None) == (windows == 1)
@@ -278,12 +280,12 @@ def test_a_probe_says_what_changed_on_each_named_text(tmp_path: Path, tiny_llama
     with use_workbench(settings, tmp_path / "run", pytest.fail, ignore) as bench:
         profile = bench.profile(ignore)
         orders = open_orders(bench, profile, RunConfig(), DENSE)
-        present = bench.prune(profile, orders(Plan.model_validate(WANDA.model_dump())), ignore)
+        present = bench.pruner.prune(profile, orders(Plan.model_validate(WANDA.model_dump())), ignore)
         round_ = Round(
             bench, profile, lambda draft: orders(Plan.model_validate(draft.model_dump())), ignore, present=present
         )
         figures = probe(round_, [REFIT], whole=True)[0]
-        before = bench.evaluate(present, "validation", profile, ignore)
+        before = bench.evaluator.evaluate(present, "validation", profile, ignore)
     for name, text in figures["texts"].items():
         assert text["kl_change"] == pytest.approx(text["kl"] - before.take_text(name).mean_kl, abs=2e-4)
         assert text["kl_change_error"] > 0
@@ -340,8 +342,8 @@ def test_a_probe_on_all_text_is_the_evaluation_of_the_round(
     monkeypatch.setattr(tools.statistics.pruned, "prune_weight", pytest.fail)
     monkeypatch.setattr(tools.workbench.losses, "evaluate_windows", pytest.fail)
     bench = round_.bench
-    checkpoint = bench.prune(round_.profile, round_.resolve(WANDA), ignore)
-    evaluation = bench.evaluate(checkpoint, "validation", round_.profile, ignore)
+    checkpoint = bench.pruner.prune(round_.profile, round_.resolve(WANDA), ignore)
+    evaluation = bench.evaluator.evaluate(checkpoint, "validation", round_.profile, ignore)
     assert evaluation.mean_kl == pytest.approx(figures["kl"], rel=1e-3)
 
 
@@ -371,7 +373,7 @@ def test_several_drafts_are_measured_as_each_alone(
     assert booked == [2 * 64 if tokens == 100 else 3 * 64] * 3
     for made in (bench.store.directory / "index.jsonl", *(bench.directory / "evaluations").iterdir()):
         made.unlink()
-    bench.evaluate(round_.present, "validation", round_.profile, ignore)
+    bench.evaluator.evaluate(round_.present, "validation", round_.profile, ignore)
     before = hash_weights(bench)
     team = make_team(bench, 3)
     if workers:
@@ -415,14 +417,14 @@ def test_a_probe_is_kept_for_the_round(make_round: Callable[..., Round], monkeyp
     monkeypatch.setattr(tools.workbench.losses, "evaluate_windows", count)
     with monkeypatch.context() as patch:
         patch.setattr(tools.statistics.pruned, "prune_weight", pytest.fail)
-        checkpoint = bench.prune(round_.profile, round_.resolve(REFIT), ignore)
-    kept = bench.evaluate(checkpoint, "validation", round_.profile, ignore)
+        checkpoint = bench.pruner.prune(round_.profile, round_.resolve(REFIT), ignore)
+    kept = bench.evaluator.evaluate(checkpoint, "validation", round_.profile, ignore)
     assert measured == [1], "of three windows the probe had two"
     losses = round_.probed[0].losses
     assert (losses["kl"], round_.probed[0].windows) == ([kept.kl[0], kept.kl[2]], [0, 2])
     for path in (bench.directory / "evaluations").iterdir():
         path.unlink()
-    assert bench.evaluate(checkpoint, "validation", round_.profile, ignore) == kept, "to the bit"
+    assert bench.evaluator.evaluate(checkpoint, "validation", round_.profile, ignore) == kept, "to the bit"
     assert [(x.tokens, x.checkpoint == checkpoint) for x in round_.probed] == [(128, True), (128, False)]
 
 
@@ -448,8 +450,8 @@ def test_probes_are_numbered_from_those_of_earlier_rounds_on(make_round: Callabl
 def test_many_probes_take_the_room_of_one(make_round: Callable[..., Round]) -> None:
     round_ = make_round(WANDA)
     bench = round_.bench
-    kept = bench.prune(round_.profile, round_.resolve(Draft(sparsity=0.3, recipe=WANDA.recipe)), ignore)
-    bench.restore(round_.present)
+    kept = bench.pruner.prune(round_.profile, round_.resolve(Draft(sparsity=0.3, recipe=WANDA.recipe)), ignore)
+    bench.pruner.restore(round_.present)
     round_ = replace(round_, keep=[kept])
     count = len([*bench.store.directory.rglob("*.safetensors")])
     sizes = []
@@ -460,7 +462,7 @@ def test_many_probes_take_the_room_of_one(make_round: Callable[..., Round]) -> N
     for checkpoint in (kept, round_.present):
         assert all(
             record.artifact == DENSE or bench.store.has(record.artifact, ".safetensors")
-            for record in bench.read_checkpoint(checkpoint).values()
+            for record in bench.pruner.read_checkpoint(checkpoint).values()
         )
 
 

@@ -20,7 +20,7 @@ def measure(model: Path, device: str, directory: Path) -> list[Any]:
     bench = open_bench(tiny_settings(model, device=device), directory / device)
     assert (find_stream(bench.model) is not None) == (device == "stream")
     profile = bench.profile(ignore)
-    present = bench.prune(profile, resolver(bench, profile)(KEPT), ignore)
+    present = bench.pruner.prune(profile, resolver(bench, profile)(KEPT), ignore)
     round_ = Round(bench, profile, resolver(bench, profile, present), ignore, present=present)
     alone = PLANS[0].model_copy(update={"alone": "blocks 1"})
     return probe(round_, [*PLANS, alone], 128)

@@ -156,9 +156,9 @@ def test_a_run_prunes_from_them_as_from_copies(
         bench = open_bench(tiny_settings(path, device="stream"), tmp_path / name)
         checkpoint = prune(bench, bench.profile(ignore), 0.45)
         pruned = snapshot(bench)
-        bench.restore("dense")
+        bench.pruner.restore("dense")
         found.append((checkpoint, pruned, snapshot(bench)))
-        assert len(copied) == (0 if name == "source" else len(bench.layers))
+        assert len(copied) == (0 if name == "source" else len(bench.weights.layers))
         bench.close()
         monkeypatch.setattr(streamed, "map_source", lambda path: Mapped({}))
     (first, *ours), (second, *theirs) = found

@@ -74,9 +74,16 @@ def test_a_run_of_the_workbench_comes_to_the_same_masks(
         (tmp_path / name).mkdir()
         bench = Workbench(tiny_settings(tiny_llama), tmp_path / name, pytest.fail, ignore)
         profile = bench.profile(ignore)
-        allocation = allocate(bench.describe_layers(profile, recipe, ignore), 0.5, recipe)
-        checkpoint = bench.prune(profile, order_allocation(recipe, allocation), ignore)
-        found.append((profile, checkpoint, bench.hash_masks(), bench.evaluate(checkpoint, "test", profile, ignore)))
+        allocation = allocate(bench.curves.describe_layers(profile, recipe, ignore), 0.5, recipe)
+        checkpoint = bench.pruner.prune(profile, order_allocation(recipe, allocation), ignore)
+        found.append(
+            (
+                profile,
+                checkpoint,
+                bench.weights.hash_masks(),
+                bench.evaluator.evaluate(checkpoint, "test", profile, ignore),
+            )
+        )
         monkeypatch.setattr(workbench, "load_model", load_over)
     assert found[0] == found[1]
 

@@ -49,14 +49,21 @@ def work(bench: Workbench, at: Callable[[str, int, int], None] = ignore, polish:
     results: list[Any] = [profile]
     for label in RECIPES:
         recipe = parse_recipe(label)
-        allocation = allocate(bench.describe_layers(profile, recipe, ignore), 0.5, recipe)
-        checkpoint = bench.prune(profile, order_allocation(recipe, allocation, polish * (label == RECIPES[0])), ignore)
-        losses = bench.evaluate(checkpoint, "validation", profile, at)
-        results += [checkpoint, bench.hash_masks(), losses, bench.ask(checkpoint, "validation", ignore)]
+        allocation = allocate(bench.curves.describe_layers(profile, recipe, ignore), 0.5, recipe)
+        checkpoint = bench.pruner.prune(
+            profile, order_allocation(recipe, allocation, polish * (label == RECIPES[0])), ignore
+        )
+        losses = bench.evaluator.evaluate(checkpoint, "validation", profile, at)
+        results += [
+            checkpoint,
+            bench.weights.hash_masks(),
+            losses,
+            bench.evaluator.ask(checkpoint, "validation", ignore),
+        ]
     checkpoints = [DENSE, *results[1::4]]
-    results += [bench.measure_kl_each(checkpoints, [0, 2]), bench.hash_masks()]
-    results += [bench.evaluate_each(checkpoints, 2, profile, at, "side by side"), bench.hash_masks()]
-    results += [bench.profile(ignore, profile), bench.evaluate(DENSE, "test", profile, ignore)]
+    results += [bench.evaluator.measure_kl_each(checkpoints, [0, 2]), bench.weights.hash_masks()]
+    results += [bench.evaluator.evaluate_each(checkpoints, 2, profile, at, "side by side"), bench.weights.hash_masks()]
+    results += [bench.profile(ignore, profile), bench.evaluator.evaluate(DENSE, "test", profile, ignore)]
     return results
 
 
@@ -70,7 +77,7 @@ def test_workers_come_to_the_same_bits_as_one_process_alone_whoever_dies(
     warned: list[str] = []
     shared = settings.model_copy(update={"workers": "2", "worker_threads": 1})
     with use_workbench(shared, tmp_path / "shared", warned.append, ignore) as bench:
-        cluster = bench.cluster
+        cluster = bench.crew.cluster
         assert cluster is not None and cluster.size == 2
         doomed = [place.pid for place in cluster._places.used]
 

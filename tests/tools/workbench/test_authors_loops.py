@@ -70,18 +70,18 @@ def test_blocks_are_pruned_by_what_the_dense_block_reads_behind_pruned_ones(
     if workers:
         join_team(bench)
     assert recipe == Recipe(method=recipe.method, refit=False, allocation="uniform")
-    wanda, modules = recipe.method == "wanda", {layer.name: layer.module for layer in bench.layers}
+    wanda, modules = recipe.method == "wanda", {layer.name: layer.module for layer in bench.weights.layers}
     dense = {name: module.weight.detach().clone() for name, module in modules.items()}
     zeros = {
         name: len(w_OI) * int(w_OI.shape[1] * SHARE) if wanda else round(w_OI.numel() * SHARE)
         for name, w_OI in dense.items()
     }
-    bench.prune(profile, order_all(recipe, zeros, sparsity=SHARE, predicted_kl=0.0), ignore)
+    bench.pruner.prune(profile, order_all(recipe, zeros, sparsity=SHARE, predicted_kl=0.0), ignore)
     ours = {name: module.weight.detach().clone() for name, module in modules.items()}
 
-    bench.restore("dense")
-    for block in sorted({layer.block for layer in bench.layers}):
-        own = {layer.name: layer.module for layer in bench.layers if layer.block == block}
+    bench.pruner.restore("dense")
+    for block in sorted({layer.block for layer in bench.weights.layers}):
+        own = {layer.name: layer.module for layer in bench.weights.layers if layer.block == block}
         moments = collect_moments(bench.model, own, bench.windows.calibration)
         for name, module in own.items():
             w_OI = module.weight.detach()
@@ -96,6 +96,8 @@ def test_blocks_are_pruned_by_what_the_dense_block_reads_behind_pruned_ones(
     plain = recipe.model_copy(update={"statistics": "dense"})
     for name, module in modules.items():  # the workbench knows nothing of the loop above
         module.weight.data.copy_(dense[name])
-    bench.prune(profile, order_all(plain, zeros, sparsity=SHARE, predicted_kl=0.0), ignore)
-    differ = {layer.block for layer in bench.layers if not torch.equal(ours[layer.name] == 0, layer.weight_OI == 0)}
+    bench.pruner.prune(profile, order_all(plain, zeros, sparsity=SHARE, predicted_kl=0.0), ignore)
+    differ = {
+        layer.block for layer in bench.weights.layers if not torch.equal(ours[layer.name] == 0, layer.weight_OI == 0)
+    }
     assert differ and 0 not in differ

@@ -23,10 +23,13 @@ def measure(bench: Workbench) -> list[Any]:
     """Ids of content, and figures, of all that is taken from windows."""
     profile = bench.profile(ignore)
     checkpoint = prune(bench, profile, 0.4)
-    found: list[Any] = [profile, checkpoint, bench.hash_masks()]
-    found += [bench.evaluate(checkpoint, split, profile, ignore) for split in ("validation", "test")]
-    found += [bench.measure_kl_each([DENSE, checkpoint], [0, 1]), bench.evaluate_each([checkpoint], 2, profile, ignore)]
-    layers = bench.describe_layers(profile, REFIT.model_copy(update={"curves": "method"}), ignore)
+    found: list[Any] = [profile, checkpoint, bench.weights.hash_masks()]
+    found += [bench.evaluator.evaluate(checkpoint, split, profile, ignore) for split in ("validation", "test")]
+    found += [
+        bench.evaluator.measure_kl_each([DENSE, checkpoint], [0, 1]),
+        bench.evaluator.evaluate_each([checkpoint], 2, profile, ignore),
+    ]
+    layers = bench.curves.describe_layers(profile, REFIT.model_copy(update={"curves": "method"}), ignore)
     return [*found, [layer.kappa for layer in layers]]
 
 
@@ -38,8 +41,8 @@ def test_losses_are_those_of_the_text_alone_whoever_measures_them(
     assert bench.windows.lead == 1 and bench.windows.validation.shape == (3, 65)
     alone = measure(bench)
     profile, checkpoint = alone[:2]
-    dense = bench.read_profile(profile).dense
-    bench.restore(checkpoint)
+    dense = bench.profiles.read(profile).dense
+    bench.pruner.restore(checkpoint)
     ids_BT, hidden = bench.windows.validation, bench.profiles.read_hidden(profile)
     again = evaluate_windows(bench.model, ids_BT, hidden, "", ignore, lead=1)[0]
     assert alone[3] == again, "from the changed block on, and from the first"
@@ -54,7 +57,7 @@ def test_losses_are_those_of_the_text_alone_whoever_measures_them(
     assert measure(open_bench(shared, tmp_path / "shared")) == alone
     close_workbench()
     never = open_bench(settings.model_copy(update={"bos": "never"}), tmp_path / "never")
-    assert never.read_profile(never.profile(ignore)).dense.nll != dense.nll
+    assert never.profiles.read(never.profile(ignore)).dense.nll != dense.nll
 
 
 def test_never_gives_the_bits_of_a_tokenizer_that_begins_no_text(
@@ -86,7 +89,9 @@ def test_a_window_has_to_fit_behind_it(
 
 def test_it_is_on_disk_and_in_the_protocol(beginning_llama: Path, tmp_path: Path, workbench_closed: None) -> None:
     bench = open_bench(tiny_settings(beginning_llama), tmp_path / "run")
-    inputs = [list_disk(bench.model, bench.layers, bench.settings, lead)[1].bytes for lead in (0, bench.windows.lead)]
+    inputs = [
+        list_disk(bench.model, bench.weights.layers, bench.settings, lead)[1].bytes for lead in (0, bench.windows.lead)
+    ]
     assert inputs == [2 * 2 * 64 * 32 * 4, 2 * 2 * 65 * 32 * 4]
     said = [describe_protocol(bench.settings, bos=bos).windows for bos in (False, True)]
     assert said == ["windows of 64", "windows of 64, a beginning-of-sequence token before every window (not counted)"]

@@ -102,13 +102,13 @@ def test_zeros_are_counted_once_for_what_was_put_in(bench: Workbench, monkeypatc
     counted: list[int] = []
     taken = Layer._take
     monkeypatch.setattr(Layer, "_take", lambda self: counted.append(1) or taken(self))
-    every = len(bench.layers)
+    every = len(bench.weights.layers)
     for checkpoint, expected in ((third, every), (half, every), (DENSE, 0), (half, 0)):
-        bench.restore(checkpoint)
+        bench.pruner.restore(checkpoint)
         counted.clear()
-        zeros, weights = bench.count_zeros()
-        shares = bench.sparsities()
+        zeros, weights = bench.weights.count_zeros()
+        shares = bench.weights.sparsities()
         assert len(counted) == expected
-        now = [(layer.weight_OI == 0).sum().item() for layer in bench.layers]
-        assert zeros == sum(now) and weights == sum(layer.weight_OI.numel() for layer in bench.layers)
-        assert shares == [some / layer.weight_OI.numel() for some, layer in zip(now, bench.layers, strict=True)]
+        now = [(layer.weight_OI == 0).sum().item() for layer in bench.weights.layers]
+        assert zeros == sum(now) and weights == sum(layer.weight_OI.numel() for layer in bench.weights.layers)
+        assert shares == [some / layer.weight_OI.numel() for some, layer in zip(now, bench.weights.layers, strict=True)]

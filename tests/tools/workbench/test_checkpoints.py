@@ -37,7 +37,7 @@ def test_manifests_are_small_and_plain(bench: Workbench) -> None:
     checkpoint = prune(bench, profile, 0.4, parse_recipe("refit:kappa@0.5"))
     manifest = json.loads(bench.store.path(checkpoint, ".json").read_text())
     assert manifest["profile"] == profile
-    assert list(manifest["layers"][bench.layers[0].name]) == ["artifact", "zeros"]
+    assert list(manifest["layers"][bench.weights.layers[0].name]) == ["artifact", "zeros"]
     assert Recipe.model_validate(manifest["recipe"]) == Recipe().within_layers(), (
         "how layers were shared out is not in it"
     )
@@ -45,7 +45,7 @@ def test_manifests_are_small_and_plain(bench: Workbench) -> None:
         {
             "layers": {
                 name: {"artifact": record.artifact, "zeros": record.zeros}
-                for name, record in bench.read_checkpoint(checkpoint).items()
+                for name, record in bench.pruner.read_checkpoint(checkpoint).items()
             },
             "profile": profile,
             "recipe": Recipe().within_layers().model_dump(),
@@ -82,10 +82,10 @@ def test_a_layer_of_another_recipe_says_so_and_is_made_again_by_it(
     profile = bench.profile(ignore)
     most, other = (parse_recipe(label).within_layers() for label in ("refit", "sparsegpt~half~dense"))
     order = order_allocation(most, plan(bench, profile, 0.4))
-    odd = bench.layers[3].name
+    odd = bench.weights.layers[3].name
     changed = order.layers[odd].model_copy(update={"recipe": other})
     order = order.model_copy(update={"layers": order.layers | {odd: changed}})
-    checkpoint = bench.prune(profile, order, ignore)
+    checkpoint = bench.pruner.prune(profile, order, ignore)
     bits = snapshot(bench)
     manifest = json.loads(bench.store.path(checkpoint, ".json").read_text())
     record = manifest["layers"].pop(odd)
@@ -93,11 +93,11 @@ def test_a_layer_of_another_recipe_says_so_and_is_made_again_by_it(
     assert all(list(layer) == ["artifact", "zeros"] for layer in manifest["layers"].values())
     assert Recipe.model_validate(record["recipe"]) == other
     assert record["profile"] == bench.profiles.find(profile, other, ignore) != profile
-    bench.restore(DENSE)
-    for name in (odd, bench.layers[4].name):
+    bench.pruner.restore(DENSE)
+    for name in (odd, bench.weights.layers[4].name):
         damage(artifact_path(bench, checkpoint, name))
     computed.clear()
-    bench.restore(checkpoint)
+    bench.pruner.restore(checkpoint)
     assert same(snapshot(bench), bits) and [method for method, _ in computed] == ["sparsegpt", "refit"]
     assert len(warnings) == 2
 
@@ -110,12 +110,12 @@ def test_a_damaged_artifact_is_named_and_computed_again(
     profile = bench.profile(ignore)
     checkpoint = prune(bench, profile, 0.4, recipe)
     weights = snapshot(bench)
-    name = bench.layers[4].name
+    name = bench.weights.layers[4].name
     path = artifact_path(bench, checkpoint, name)
     content = path.read_bytes()
-    bench.restore(DENSE)
+    bench.pruner.restore(DENSE)
     hurt(path)
-    assert len(bench.restore(checkpoint)) == 14
+    assert len(bench.pruner.restore(checkpoint)) == 14
     assert same(snapshot(bench), weights)
     assert path.read_bytes() == content
     assert len(warnings) == 1
@@ -126,8 +126,8 @@ def test_pruning_does_not_trust_a_damaged_artifact_either(bench: Workbench, warn
     profile = bench.profile(ignore)
     checkpoint = prune(bench, profile, 0.4)
     weights = snapshot(bench)
-    bench.restore(DENSE)
-    damage(artifact_path(bench, checkpoint, bench.layers[4].name))
+    bench.pruner.restore(DENSE)
+    damage(artifact_path(bench, checkpoint, bench.weights.layers[4].name))
     assert prune(bench, profile, 0.4) == checkpoint
     assert same(snapshot(bench), weights)
     assert len(warnings) == 1
@@ -138,8 +138,8 @@ def test_an_artifact_that_comes_out_different_is_refused(
 ) -> None:
     profile = bench.profile(ignore)
     checkpoint = prune(bench, profile, 0.4)
-    bench.restore(DENSE)
-    name = bench.layers[4].name
+    bench.pruner.restore(DENSE)
+    name = bench.weights.layers[4].name
     damage(artifact_path(bench, checkpoint, name))
 
     def spoil(*arguments: Any, **options: Any) -> Pruned:
@@ -148,7 +148,7 @@ def test_an_artifact_that_comes_out_different_is_refused(
 
     monkeypatch.setattr(tools.statistics.pruned, "prune_weight", spoil)
     with pytest.raises(DamagedArtifact) as refusal:
-        bench.restore(checkpoint)
+        bench.pruner.restore(checkpoint)
     assert str(refusal.value) == (
         f"layer {name} of checkpoint {checkpoint[:12]} is damaged and does not come out the same again"
     )
@@ -157,21 +157,21 @@ def test_an_artifact_that_comes_out_different_is_refused(
 def test_damage_beyond_repair_is_refused_and_named(bench: Workbench, warnings: list[str]) -> None:
     profile = bench.profile(ignore)
     checkpoint = prune(bench, profile, 0.4)
-    bench.restore(DENSE)
-    damage(artifact_path(bench, checkpoint, bench.layers[-1].name))
-    stored = bench.read_profile(profile)
-    moment = bench.store.path(stored.moments[stored.group[bench.layers[-1].name]], ".safetensors")
+    bench.pruner.restore(DENSE)
+    damage(artifact_path(bench, checkpoint, bench.weights.layers[-1].name))
+    stored = bench.profiles.read(profile)
+    moment = bench.store.path(stored.moments[stored.group[bench.weights.layers[-1].name]], ".safetensors")
     damage(moment)
     bench.profiles._shared = None
     with pytest.raises(DamagedArtifact, match=rf"artifact {moment} is damaged"):
-        bench.restore(checkpoint)
+        bench.pruner.restore(checkpoint)
 
 
 @pytest.mark.parametrize("which", ["manifest", "profile", "means"])
 def test_a_damaged_manifest_or_profile_is_refused(bench: Workbench, which: str) -> None:
     profile = bench.profile(ignore)
     checkpoint = prune(bench, profile, 0.4)
-    stored = bench.read_profile(profile)
+    stored = bench.profiles.read(profile)
     settings, directory = bench.settings, bench.directory
     path = {
         "manifest": bench.store.path(checkpoint, ".json"),
@@ -182,20 +182,20 @@ def test_a_damaged_manifest_or_profile_is_refused(bench: Workbench, which: str) 
     close_workbench()
     again = open_bench(settings, directory)
     with pytest.raises(DamagedArtifact, match=rf"^artifact {path} is damaged: its content does not match its hash$"):
-        again.restore(checkpoint) if which == "manifest" else again.read_profile(profile)
+        again.pruner.restore(checkpoint) if which == "manifest" else again.profiles.read(profile)
 
 
 def test_an_unknown_checkpoint_is_refused(bench: Workbench) -> None:
     with pytest.raises(DamagedArtifact, match="is missing"):
-        bench.restore("0" * 64)
+        bench.pruner.restore("0" * 64)
 
 
 def test_a_damaged_layer_of_blocks_pruned_in_order_comes_back(bench: Workbench, warnings: list[str]) -> None:
     profile = bench.profile(ignore)
-    checkpoint = bench.prune(profile, order_allocation(SEQUENTIAL, plan(bench, profile, 0.4)), ignore)
+    checkpoint = bench.pruner.prune(profile, order_allocation(SEQUENTIAL, plan(bench, profile, 0.4)), ignore)
     whole = snapshot(bench)
-    bench.restore(DENSE)
-    damage(artifact_path(bench, checkpoint, bench.layers[-1].name))
-    bench.restore(checkpoint)
+    bench.pruner.restore(DENSE)
+    damage(artifact_path(bench, checkpoint, bench.weights.layers[-1].name))
+    bench.pruner.restore(checkpoint)
     assert same(snapshot(bench), whole)
     assert warnings

@@ -51,11 +51,11 @@ def test_a_cut_is_the_smaller_model_exactly_and_goes_and_comes_back_bit_for_bit(
 ) -> None:
     bench = open_bench(tiny_settings(save_biased_model(tmp_path / "model", architecture)), tmp_path / "run")
     dense = snapshot(bench)
-    profile = bench.profile_bare(ignore)
+    profile = bench.profiles.make_bare(ignore)
     order = order_cut(bench, profile, **levers)
-    checkpoint = bench.prune(profile, order, ignore)
+    checkpoint = bench.pruner.prune(profile, order, ignore)
     made = snapshot(bench)
-    for layer in bench.layers:
+    for layer in bench.weights.layers:
         assert int((layer.weight_OI == 0).sum()) == order.zeros[layer.name]
 
     found = bench.pruner.build_cut(checkpoint)
@@ -68,33 +68,33 @@ def test_a_cut_is_the_smaller_model_exactly_and_goes_and_comes_back_bit_for_bit(
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
     assert find_parts(built, "neurons")[0].units == find_parts(bench.model, "neurons")[0].units - cut.neurons
 
-    assert bench.is_made_of(checkpoint, profile, order)
-    bench.restore(DENSE)
+    assert bench.pruner.is_made_of(checkpoint, profile, order)
+    bench.pruner.restore(DENSE)
     assert same(snapshot(bench), dense)
-    bench.restore(checkpoint)
+    bench.pruner.restore(checkpoint)
     assert same(snapshot(bench), made)
-    assert bench.prune(profile, order, ignore) == checkpoint, "read back"
+    assert bench.pruner.prune(profile, order, ignore) == checkpoint, "read back"
     assert same(snapshot(bench), made)
 
 
 def test_what_was_damaged_or_forgotten_comes_out_the_same_again(tmp_path: Path, workbench_closed: None) -> None:
     told: list[str] = []
     bench = open_bench(tiny_settings(save_tiny_model(tmp_path / "model", "llama")), tmp_path / "run", told.append)
-    profile = bench.profile_bare(ignore)
+    profile = bench.profiles.make_bare(ignore)
     order = order_cut(bench, profile)
-    checkpoint = bench.prune(profile, order, ignore)
+    checkpoint = bench.pruner.prune(profile, order, ignore)
     made = snapshot(bench)
     broken = artifact_path(bench, checkpoint, "model.layers.1.mlp.down_proj")
-    bench.restore(DENSE)
+    bench.pruner.restore(DENSE)
     damage(broken)
-    bench.restore(checkpoint)
+    bench.pruner.restore(checkpoint)
     assert same(snapshot(bench), made)
     assert len(told) == 1 and "is computed again" in told[0]
 
-    bench.restore(DENSE)
-    bench.forget_checkpoints([DENSE])
+    bench.pruner.restore(DENSE)
+    bench.pruner.forget([DENSE])
     assert not broken.is_file()
-    assert bench.prune(profile, order, ignore) == checkpoint
+    assert bench.pruner.prune(profile, order, ignore) == checkpoint
     assert same(snapshot(bench), made)
 
 
@@ -103,56 +103,56 @@ def test_nothing_is_known_of_single_weights_but_wanda_can_prune_as_its_authors_d
 ) -> None:
     bench = open_bench(tiny_settings(save_tiny_model(tmp_path / "model", "llama")), tmp_path / "run")
     told: list[str] = []
-    bare = bench.profile_bare(lambda step, _done, _of: told.append(step))
+    bare = bench.profiles.make_bare(lambda step, _done, _of: told.append(step))
     assert set(told) == {"dense validation"}
-    layers = bench.read_profile(bare).layers
+    layers = bench.profiles.read(bare).layers
     half = {layer.name: layer.weights // 2 for layer in layers}
     wanda = Recipe(method="wanda", refit=False, allocation="uniform", statistics="sequential")
     order = order_all(wanda, half, sparsity=0.5, predicted_kl=0.0)
-    bench.prune(bare, order, ignore)
+    bench.pruner.prune(bare, order, ignore)
     pruned = snapshot(bench)
 
     whole = bench.profile(ignore)
-    assert bench.read_profile(whole).dense == bench.read_profile(bare).dense
-    known = bench.read_profile(whole).layers
+    assert bench.profiles.read(whole).dense == bench.profiles.read(bare).dense
+    known = bench.profiles.read(whole).layers
     assert [(x.name, x.weights, x.zeros, x.inputs) for x in known] == [
         (x.name, x.weights, x.zeros, x.inputs) for x in layers
     ]
     assert not any(any(x.kappa) or x.wanda or x.gradient for x in layers)
-    bench.prune(whole, order, ignore)
+    bench.pruner.prune(whole, order, ignore)
     assert same(snapshot(bench), pruned)
 
 
 def test_another_text_has_parts_of_its_own(tmp_path: Path, workbench_closed: None) -> None:
     bench = open_bench(tiny_settings(save_tiny_model(tmp_path / "model", "llama")), tmp_path / "run")
-    profile, target = bench.profile_bare(ignore), find_target(bench.model, 0.75)
-    parts = bench.measure_parts(profile, target, ignore)
-    assert bench.measure_parts(profile, target, ignore) == parts
+    profile, target = bench.profiles.make_bare(ignore), find_target(bench.model, 0.75)
+    parts = bench.cuts.measure(profile, target, ignore)
+    assert bench.cuts.measure(profile, target, ignore) == parts
     bench.windows.calibration[0, 0] += 1
-    assert bench.measure_parts(profile, target, ignore) != parts
+    assert bench.cuts.measure(profile, target, ignore) != parts
 
 
 @pytest.mark.parametrize("architecture", ["llama", "opt", "gpt2"])
 def test_whole_blocks_go(architecture: str, tmp_path: Path, workbench_closed: None) -> None:
     bench = open_bench(tiny_settings(save_biased_model(tmp_path / "model", architecture)), tmp_path / "run")
     dense = snapshot(bench)
-    profile = bench.profile_bare(ignore)
+    profile = bench.profiles.make_bare(ignore)
     target = find_target(bench.model, 0.75)
     cut = CutOrder(
-        parts=bench.cuts.read(bench.measure_parts(profile, target, ignore)).artifact,
+        parts=bench.cuts.read(bench.cuts.measure(profile, target, ignore)).artifact,
         **{"heads": 0, "neurons": 0, "dropped": (1,), "refit": True},
     )
-    layers = bench.read_profile(profile).layers
+    layers = bench.profiles.read(profile).layers
     zeros = {layer.name: layer.weights * (layer.block == 1) for layer in layers}
     order = order_all(Recipe(), zeros, sparsity=0.5, predicted_kl=0.0).model_copy(update={"cut": cut})
-    found = bench.pruner.build_cut(bench.prune(profile, order, ignore))
+    found = bench.pruner.build_cut(bench.pruner.prune(profile, order, ignore))
     assert found is not None and found[0].config.num_hidden_layers == 1
     ids = bench.windows.validation
     with torch.no_grad():
         ours, theirs = (model(input_ids=ids, use_cache=False).logits for model in (found[0], bench.model))
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
     assert bench.pruner.build_cut(DENSE) is None
-    bench.restore(DENSE)
+    bench.pruner.restore(DENSE)
     assert same(snapshot(bench), dense)
 
 
@@ -160,7 +160,7 @@ def test_a_cut_whose_fit_is_not_finite_breaks_its_plan_and_leaves_nothing_behind
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workbench_closed: None
 ) -> None:
     bench = open_bench(tiny_settings(save_tiny_model(tmp_path / "model", "llama")), tmp_path / "run")
-    profile = bench.profile_bare(ignore)
+    profile = bench.profiles.make_bare(ignore)
     order = order_cut(bench, profile)
     finish, before = tools.surgery.blocks.finish_moments, set((tmp_path / "run").rglob("*.safetensors"))
 
@@ -172,10 +172,12 @@ def test_a_cut_whose_fit_is_not_finite_breaks_its_plan_and_leaves_nothing_behind
     with monkeypatch.context() as patch:
         patch.setattr(tools.surgery.blocks, "finish_moments", overflow)
         with pytest.raises(BrokenPlan, match=r"^model\.layers\.1\..* is not finite "):
-            bench.prune(profile, order, ignore)
-    bench.forget_checkpoints([DENSE])
+            bench.pruner.prune(profile, order, ignore)
+    bench.pruner.forget([DENSE])
     assert set((tmp_path / "run").rglob("*.safetensors")) <= before
-    assert bench.pruner.build_cut(bench.prune(profile, order, ignore)) is not None, "nor is anything else the worse"
+    assert bench.pruner.build_cut(bench.pruner.prune(profile, order, ignore)) is not None, (
+        "nor is anything else the worse"
+    )
 
 
 def test_what_was_measured_before_an_interruption_is_not_measured_again(
@@ -190,17 +192,17 @@ def test_what_was_measured_before_an_interruption_is_not_measured_again(
             raise KeyboardInterrupt
 
     bench = open_bench(settings, tmp_path / "whole")
-    profile, target = bench.profile_bare(ignore), find_target(bench.model, 0.5)
-    expected = bench.cuts.read(bench.measure_parts(profile, target, ignore))
+    profile, target = bench.profiles.make_bare(ignore), find_target(bench.model, 0.5)
+    expected = bench.cuts.read(bench.cuts.measure(profile, target, ignore))
     assert len(expected.order) > 2
     bench = open_bench(settings, tmp_path / "halted")
-    assert bench.profile_bare(ignore) == profile
+    assert bench.profiles.make_bare(ignore) == profile
     with pytest.raises(KeyboardInterrupt):
         bench.cuts.measure(profile, target, stop)
     assert "curves of units" in told and "search block 1 to drop" in told
     monkeypatch.setattr(tools.workbench.cuts, "measure_curves", lambda *_, **__: pytest.fail("measured again"))
     told.clear()
-    found = bench.measure_parts(profile, target, lambda step, _done, _of: told.append(step))
+    found = bench.cuts.measure(profile, target, lambda step, _done, _of: told.append(step))
     assert bench.cuts.read(found) == expected
     assert "search block 1 to drop" not in told and "search block 2 to drop" in told
 
@@ -258,18 +260,18 @@ class Exported(NamedTuple):
 def cut_and_export(model: str, device: str, directory: Path) -> Exported:
     """A block and some neurons of the others."""
     bench = open_bench(tiny_settings(model, device=device), directory)
-    profile, target = bench.profile_bare(ignore), find_target(bench.model, 0.75)
-    parts = bench.cuts.read(bench.measure_parts(profile, target, ignore))
-    layers = bench.read_profile(profile).layers
+    profile, target = bench.profiles.make_bare(ignore), find_target(bench.model, 0.75)
+    parts = bench.cuts.read(bench.cuts.measure(profile, target, ignore))
+    layers = bench.profiles.read(profile).layers
     cut = CutOrder(parts=parts.artifact, **{"heads": 0, "neurons": 8, "dropped": (1,), "refit": True})
-    zeros = {name: layer.weights for name, layer in zip(bench.by_name, layers, strict=True)}
+    zeros = {name: layer.weights for name, layer in zip(bench.weights.by_name, layers, strict=True)}
     order = order_all(Recipe(), zeros, sparsity=0.5, predicted_kl=0.0).model_copy(update={"cut": cut})
-    checkpoint = bench.prune(profile, order, ignore)
+    checkpoint = bench.pruner.prune(profile, order, ignore)
     made, found = snapshot(bench), bench.pruner.build_cut(checkpoint)
     assert found is not None
     built, _ = found
     smaller = {name: tensor.clone() for name, tensor in built.state_dict().items()}
-    losses, places = bench.evaluate_other(built, profile, ignore), find_places(built)
+    losses, places = bench.evaluator.evaluate_other(built, profile, ignore), find_places(built)
     vars(built).pop("hf_device_map", None)  # the library takes a CPU in it for where weights wait, and warns
     export_model(built, bench.tokenizer, directory / "smaller", "")
     assert [*directory.rglob(".mapped-*")] == [], "what is streamed lies in files without names"
@@ -311,23 +313,23 @@ def test_workers_and_what_was_damaged_have_the_biases_of_a_cut(tmp_path: Path, w
     told: list[str] = []
     bench = open_bench(tiny_settings(save_biased_model(tmp_path / "model", "opt")), tmp_path / "run", told.append)
     dense, team = snapshot(bench), join_team(bench)
-    profile = bench.profile_bare(ignore)
+    profile = bench.profiles.make_bare(ignore)
     order = order_cut(bench, profile)
-    checkpoint = bench.prune(profile, order, ignore)
+    checkpoint = bench.pruner.prune(profile, order, ignore)
     made, moved = snapshot(bench), "model.decoder.layers.0.fc2"
     assert not torch.equal(made[f"{moved}.bias"], dense[f"{moved}.bias"])
     assert "bias" in bench.weights.read_artifact(moved, bench.weights.installed[moved])
 
     for wanted, name in ((made, checkpoint), (dense, DENSE)):
-        bench.evaluate(name, "test", profile, ignore)
+        bench.evaluator.evaluate(name, "test", profile, ignore)
         for worker in team.workers:
             state = worker.model.state_dict()
             assert all(torch.equal(state[x].view(bits.dtype), bits) for x, bits in wanted.items())
-    bench.restore(checkpoint)
+    bench.pruner.restore(checkpoint)
     damage(artifact_path(bench, checkpoint, moved))
     assert "bias" in bench.weights.read_artifact(moved, bench.weights.installed[moved]), "what is in the model is whole"
-    bench.restore(DENSE)
-    bench.restore(checkpoint)
+    bench.pruner.restore(DENSE)
+    bench.pruner.restore(checkpoint)
     assert same(snapshot(bench), made) and "is computed again" in told[-1]
 
 
@@ -337,7 +339,7 @@ def test_no_block_goes_whole_where_a_norm_stands_behind_the_sum(tmp_path: Path, 
     make_model(config).save_pretrained(tmp_path / "model")
     make_tiny_tokenizer().save_pretrained(tmp_path / "model")
     bench = open_bench(tiny_settings(tmp_path / "model"), tmp_path / "run")
-    profile = bench.profile_bare(ignore)
+    profile = bench.profiles.make_bare(ignore)
 
     def measure(share: float) -> Parts:
         target = Target(shape=find_shape(bench.model, 8), share=share)

@@ -20,27 +20,27 @@ from tools.workbench.store import DENSE
 def test_evaluations_are_measured_once(bench: Workbench, monkeypatch: pytest.MonkeyPatch) -> None:
     profile = bench.profile(ignore)
     checkpoint = prune(bench, profile, 0.5, MASK)
-    bench.restore(DENSE)
-    first = bench.evaluate(checkpoint, "validation", profile, ignore)
-    assert bench.installed[bench.layers[0].name] != DENSE  # the checkpoint was put in
+    bench.pruner.restore(DENSE)
+    first = bench.evaluator.evaluate(checkpoint, "validation", profile, ignore)
+    assert bench.weights.installed[bench.weights.layers[0].name] != DENSE  # the checkpoint was put in
     assert first.finite and first.mean_kl is not None and first.mean_kl > 0.01
-    dense = bench.evaluate(DENSE, "validation", profile, ignore)
-    assert dense.nll == bench.read_profile(profile).dense.nll
+    dense = bench.evaluator.evaluate(DENSE, "validation", profile, ignore)
+    assert dense.nll == bench.profiles.read(profile).dense.nll
     assert dense.mean_kl == pytest.approx(0, abs=1e-6)
-    test = bench.evaluate(checkpoint, "test", profile, ignore)
+    test = bench.evaluator.evaluate(checkpoint, "test", profile, ignore)
     assert len(test.nll) == 2 and test.kl == [0, 0]
     with monkeypatch.context() as patch:
         patch.setattr(tools.workbench.losses, "evaluate_windows", pytest.fail)
-        assert bench.evaluate(checkpoint, "validation", profile, ignore) == first
+        assert bench.evaluator.evaluate(checkpoint, "validation", profile, ignore) == first
 
 
 def test_a_damaged_evaluation_is_named_and_measured_again(bench: Workbench, warnings: list[str]) -> None:
     profile = bench.profile(ignore)
-    first = bench.evaluate(DENSE, "validation", profile, ignore)
+    first = bench.evaluator.evaluate(DENSE, "validation", profile, ignore)
     [path] = (bench.directory / "evaluations").iterdir()
     for content in (b"{", b"\xff\xfe", b'{"nll": 3}'):
         path.write_bytes(content)
-        assert bench.evaluate(DENSE, "validation", profile, ignore) == first
+        assert bench.evaluator.evaluate(DENSE, "validation", profile, ignore) == first
         assert warnings.pop() == f"{path} is damaged; validation is measured again"
 
 
@@ -49,21 +49,23 @@ def test_validation_starts_at_the_first_changed_block_with_the_same_bits(
 ) -> None:
     profile = bench.profile(ignore)
     bench.losses.prefix.kept = range(1, 2)
-    bench.evaluate(DENSE, "validation", profile, ignore)
+    bench.evaluator.evaluate(DENSE, "validation", profile, ignore)
     starts: list[int] = []
     find = PrefixCache.find_start
     monkeypatch.setattr(PrefixCache, "find_start", lambda *args: starts.append(find(*args)) or starts[-1])
     protect = Adjustment(selector="blocks 0", action="protect")
-    checkpoint = bench.prune(profile, order_allocation(MASK, plan(bench, profile, 0.3, MASK, protect)), ignore)
-    evaluation = bench.evaluate(checkpoint, "validation", profile, ignore)
+    checkpoint = bench.pruner.prune(profile, order_allocation(MASK, plan(bench, profile, 0.3, MASK, protect)), ignore)
+    evaluation = bench.evaluator.evaluate(checkpoint, "validation", profile, ignore)
     other = prune(bench, profile, 0.3, MASK)
-    bench.evaluate(other, "validation", profile, ignore)
+    bench.evaluator.evaluate(other, "validation", profile, ignore)
     shutil.rmtree(bench.directory / "evaluations")
-    assert bench.evaluate(other, "validation", profile, ignore) == bench.evaluate(other, "validation", profile, ignore)
+    assert bench.evaluator.evaluate(other, "validation", profile, ignore) == bench.evaluator.evaluate(
+        other, "validation", profile, ignore
+    )
     assert starts == [1, 0, 1]
     bench.losses.prefix._marks.clear()
     shutil.rmtree(bench.directory / "evaluations")
-    assert bench.evaluate(checkpoint, "validation", profile, ignore) == evaluation
+    assert bench.evaluator.evaluate(checkpoint, "validation", profile, ignore) == evaluation
 
 
 def test_block_inputs_are_kept_within_their_memory(bench: Workbench) -> None:
@@ -80,12 +82,12 @@ def test_kl_on_calibration_windows_leaves_the_weights_as_they_are(bench: Workben
     both = measure_kl(bench, checkpoint, [0]) + measure_kl(bench, checkpoint, [1])
     assert kl == pytest.approx(both / 2, rel=1e-5)
     assert same(snapshot(bench), weights)
-    assert bench.measure_kl_each([DENSE, checkpoint, DENSE], [1, 0]) == pytest.approx([0, kl, 0], abs=1e-6)
+    assert bench.evaluator.measure_kl_each([DENSE, checkpoint, DENSE], [1, 0]) == pytest.approx([0, kl, 0], abs=1e-6)
     assert same(snapshot(bench), weights)
 
 
 def measure_kl(bench: Workbench, checkpoint: str, windows: list[int]) -> float:
-    return bench.measure_kl_each([checkpoint], windows)[0]
+    return bench.evaluator.measure_kl_each([checkpoint], windows)[0]
 
 
 @pytest.fixture
@@ -106,29 +108,29 @@ def test_checkpoints_side_by_side_are_as_one_after_another(
     profile, checkpoints = three
     asked = [*checkpoints, DENSE, checkpoints[0]]
     weights = snapshot(bench)
-    alone = bench.evaluate_each(asked, windows, profile, ignore), bench.measure_kl_each(asked, [1])
+    alone = bench.evaluator.evaluate_each(asked, windows, profile, ignore), bench.evaluator.measure_kl_each(asked, [1])
     assert same(snapshot(bench), weights)
-    assert bench.abreast == 1
+    assert bench.crew.abreast == 1
     if windows == 3:
-        assert alone[0] == [bench.evaluate(checkpoint, "validation", profile, ignore) for checkpoint in asked]
+        assert alone[0] == [bench.evaluator.evaluate(checkpoint, "validation", profile, ignore) for checkpoint in asked]
     shutil.rmtree(bench.directory / "evaluations")
-    bench.restore(checkpoints[0])
+    bench.pruner.restore(checkpoints[0])
     weights = snapshot(bench)
     team = join_team(bench)
     ticks: list[tuple[int, int]] = []
-    shared = bench.evaluate_each(asked, windows, profile, lambda _, done, total: ticks.append((done, total)))
-    assert (shared, bench.measure_kl_each(asked, [1])) == alone
-    assert team.handed == [("MeasureLosses", place) for place in (1, 0, 1, 0)] * 2 and bench.abreast == 2
+    shared = bench.evaluator.evaluate_each(asked, windows, profile, lambda _, done, total: ticks.append((done, total)))
+    assert (shared, bench.evaluator.measure_kl_each(asked, [1])) == alone
+    assert team.handed == [("MeasureLosses", place) for place in (1, 0, 1, 0)] * 2 and bench.crew.abreast == 2
     assert ticks == [(done * windows, 4 * windows) for done in range(5)]
     assert same(snapshot(bench), weights)
-    assert bench.evaluate_each(asked, windows, profile, ignore) == shared and len(team.handed) == 8, "kept"
+    assert bench.evaluator.evaluate_each(asked, windows, profile, ignore) == shared and len(team.handed) == 8, "kept"
 
 
 def test_what_was_measured_on_a_part_is_measured_on_the_rest_of_a_larger_one(
     bench: Workbench, three: tuple[str, list[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     profile, checkpoints = three
-    whole = [bench.evaluate(checkpoint, "validation", profile, ignore) for checkpoint in checkpoints]
+    whole = [bench.evaluator.evaluate(checkpoint, "validation", profile, ignore) for checkpoint in checkpoints]
     shutil.rmtree(bench.directory / "evaluations")
     asked: list[list[int]] = []
     measure = Losses.measure
@@ -139,15 +141,15 @@ def test_what_was_measured_on_a_part_is_measured_on_the_rest_of_a_larger_one(
 
     monkeypatch.setattr(Losses, "measure", record)
     [first], part = bench.losses.list_part("validation", 1), bench.losses.list_part("validation", 2)
-    bench.evaluate_each(checkpoints[:1], 1, profile, ignore)
-    found = bench.evaluate_each(checkpoints[:2], 2, profile, ignore)
+    bench.evaluator.evaluate_each(checkpoints[:1], 1, profile, ignore)
+    found = bench.evaluator.evaluate_each(checkpoints[:2], 2, profile, ignore)
     assert found == [losses.take(part) for losses in whole[:2]]
     rest = [window for window in part if window != first]
     assert asked == [[first], rest, part]
-    found = bench.evaluate_each(checkpoints, 3, profile, ignore)
+    found = bench.evaluator.evaluate_each(checkpoints, 3, profile, ignore)
     assert found == whole and asked[3:] == [[window for window in range(3) if window not in part]] * 2 + [[0, 1, 2]]
     asked.clear()
-    assert bench.evaluate_each(checkpoints, 2, profile, ignore) == [losses.take(part) for losses in whole]
+    assert bench.evaluator.evaluate_each(checkpoints, 2, profile, ignore) == [losses.take(part) for losses in whole]
     assert not asked, "a smaller part is read back"
 
 
@@ -155,12 +157,12 @@ def test_a_layer_damaged_before_it_travels_is_made_again(
     bench: Workbench, warnings: list[str], three: tuple[str, list[str]]
 ) -> None:
     profile, checkpoints = three
-    alone = bench.evaluate_each(checkpoints, 2, profile, ignore)
+    alone = bench.evaluator.evaluate_each(checkpoints, 2, profile, ignore)
     shutil.rmtree(bench.directory / "evaluations")
-    damage(artifact_path(bench, checkpoints[1], bench.layers[3].name))
+    damage(artifact_path(bench, checkpoints[1], bench.weights.layers[3].name))
     weights = snapshot(bench)
     team = join_team(bench)
-    assert bench.evaluate_each(checkpoints, 2, profile, ignore) == alone
+    assert bench.evaluator.evaluate_each(checkpoints, 2, profile, ignore) == alone
     assert team.handed == [("MeasureLosses", 0)], "the others are measured one after another"
     assert len(warnings) == 1 and "computed again" in warnings[0]
     assert same(snapshot(bench), weights)

@@ -30,33 +30,33 @@ def mixture(request: pytest.FixtureRequest, tmp_path: Path, workbench_closed: No
 def test_experts_are_pruned_to_the_weight_and_load_in_stock_transformers(mixture: Workbench, tmp_path: Path) -> None:
     bench, dense = mixture, snapshot(mixture)
     profile = bench.profile(ignore)
-    weights = sum(layer.weight_OI.numel() for layer in bench.layers)
+    weights = sum(layer.weight_OI.numel() for layer in bench.weights.layers)
     assert weights == bench.reach.prunable and bench.reach.of_blocks > 0.98
     for label in RECIPES:
         checkpoint = prune(bench, profile, 0.45, parse_recipe(label))
-        assert bench.count_zeros() == (round(0.45 * weights), weights)
-        counted = {layer.name: int((layer.weight_OI == 0).sum()) for layer in bench.layers}
+        assert bench.weights.count_zeros() == (round(0.45 * weights), weights)
+        counted = {layer.name: int((layer.weight_OI == 0).sum()) for layer in bench.weights.layers}
         assert counted == plan(bench, profile, 0.45, parse_recipe(label)).zeros
-        assert all(counted[layer.name] for layer in bench.layers if layer.pool)
+        assert all(counted[layer.name] for layer in bench.weights.layers if layer.pool)
     paired = parse_recipe("refit:uniform").model_copy(update={"pattern": "2:4"})
     last = prune(bench, profile, 0.5, paired)
-    for layer in bench.layers:
+    for layer in bench.weights.layers:
         assert int((layer.weight_OI == 0).sum()) == count_pattern_zeros(layer.weight_OI.numel(), (2, 4))
         assert bool(((layer.weight_OI == 0).reshape(-1, 4).sum(1) == 2).all())
 
-    bench.restore(checkpoint)
-    masks = bench.hash_masks()
+    bench.pruner.restore(checkpoint)
+    masks = bench.weights.hash_masks()
     export_model(bench.model, bench.tokenizer, tmp_path / "out", "")
     stock: Any = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32).eval()
     ids = torch.arange(40)[None] % VOCABULARY
     with torch.no_grad():
         assert torch.equal(stock(input_ids=ids).logits, bench.model(input_ids=ids).logits)
     zeros = {layer.name: layer.weight_OI == 0 for layer in find_layers(stock)}
-    assert all(torch.equal(zeros[layer.name], layer.weight_OI == 0) for layer in bench.layers)
+    assert all(torch.equal(zeros[layer.name], layer.weight_OI == 0) for layer in bench.weights.layers)
 
-    bench.restore(last)
-    assert bench.hash_masks() != masks
-    bench.restore("dense")
+    bench.pruner.restore(last)
+    assert bench.weights.hash_masks() != masks
+    bench.pruner.restore("dense")
     assert same(snapshot(bench), dense)
 
 
@@ -80,7 +80,7 @@ def test_experts_that_few_tokens_are_sent_to_are_warned_of(tmp_path: Path, workb
     settings = tiny_settings(tmp_path / "model", calibration_windows=8)
     bench = open_bench(settings, tmp_path / "run", said.append)
     profile = bench.profile(ignore)
-    assert set(bench.read_profile(profile).few) == {
+    assert set(bench.profiles.read(profile).few) == {
         f"model.layers.1.mlp.experts.{expert}.{part}_proj" for expert in (2, 3) for part in ("gate", "up", "down")
     }
     assert said[1:] == [
@@ -91,7 +91,7 @@ def test_experts_that_few_tokens_are_sent_to_are_warned_of(tmp_path: Path, workb
     ]
     for label in RECIPES:
         prune(bench, profile, 0.6, parse_recipe(label))
-        zeros, weights = bench.count_zeros()
+        zeros, weights = bench.weights.count_zeros()
         assert zeros == round(0.6 * weights)
 
 

@@ -69,13 +69,13 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 def measure(bench: Workbench, progress: Progress = ignore) -> Parts:
-    profile, target = bench.profile_bare(ignore), find_target(bench.model, 0.6)
+    profile, target = bench.profiles.make_bare(ignore), find_target(bench.model, 0.6)
     return bench.cuts.read(bench.cuts.measure(profile, target, progress))
 
 
 def order(bench: Workbench, parts: Parts, dropped: tuple[int, ...]) -> WorkOrder:
     cut = CutOrder(parts=parts.artifact, **{"heads": 0, "neurons": 8, "dropped": dropped, "refit": True})
-    zeros = {layer.name: layer.weight_OI.numel() // 2 for layer in bench.layers}
+    zeros = {layer.name: layer.weight_OI.numel() // 2 for layer in bench.weights.layers}
     return order_all(Recipe(), zeros, sparsity=0.5, predicted_kl=0.0).model_copy(update={"cut": cut})
 
 
@@ -97,7 +97,7 @@ def test_curves_go_on_before_the_block_that_they_had_come_to(
     with pytest.raises(Killed):
         measure(reopen("killed"), die_at("curves of units", at))
     bench, told = reopen("killed"), list[int]()
-    bench.profile_bare(ignore)
+    bench.profiles.make_bare(ignore)
     ran.clear()
 
     def tell(step: str, done: int, of: int) -> None:
@@ -134,7 +134,7 @@ def test_what_a_block_costs_is_not_measured_again(
     with pytest.raises(Killed):
         measure(reopen("killed"), die_at("search block 1 to drop", at))
     bench = reopen("killed")
-    bench.profile_bare(ignore)
+    bench.profiles.make_bare(ignore)
     again, known = list[int](), dict[str, int]()
 
     def count(step: str, done: int, of: int) -> None:
@@ -156,20 +156,20 @@ def test_a_cut_is_fitted_on_from_the_block_that_it_had_come_to(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     bench = reopen("whole")
-    parts, profile = measure(bench), bench.profile_bare(ignore)
-    expected, made = bench.prune(profile, order(bench, parts, dropped), ignore), snapshot(bench)
+    parts, profile = measure(bench), bench.profiles.make_bare(ignore)
+    expected, made = bench.pruner.prune(profile, order(bench, parts, dropped), ignore), snapshot(bench)
 
     monkeypatch.setattr(tools.base.memory, "SHARE", 0.0)  # what passes between the blocks lies on disk
     bench = reopen("killed")
     assert measure(bench) == parts
     with pytest.raises(Killed):
-        bench.prune(profile, order(bench, parts, dropped), die_at("fold and fit", at))
+        bench.pruner.prune(profile, order(bench, parts, dropped), die_at("fold and fit", at))
     told, bench = list[int](), reopen("killed")
 
     def tell(step: str, done: int, of: int) -> None:
         told.extend([done] if step == "fold and fit" else [])
 
-    assert bench.prune(profile, order(bench, parts, dropped), tell) == expected
+    assert bench.pruner.prune(profile, order(bench, parts, dropped), tell) == expected
     assert told == [block for block in range(at, BLOCKS + 1) if block not in dropped]
     assert same(snapshot(bench), made)
     assert not (bench.directory / UNFINISHED).exists(), "all that was kept of a walk went with it"
@@ -192,28 +192,28 @@ def test_whoever_stops_a_cut_waits_for_no_block(reopen: Callable[[str], Workbenc
             measure(bench, ask_at(step, done))
         assert told[-1] == (step, done)
         event.clear()
-    parts, profile = measure(bench), bench.profile_bare(ignore)
+    parts, profile = measure(bench), bench.profiles.make_bare(ignore)
     with stop_at(event), pytest.raises(Stopped):
-        bench.prune(profile, order(bench, parts, ()), ask_at("fold and fit", 2))
+        bench.pruner.prune(profile, order(bench, parts, ()), ask_at("fold and fit", 2))
     assert told[-1] == ("fold and fit", 2)
     event.clear()
-    assert bench.prune(profile, order(bench, parts, ()), ignore)
+    assert bench.pruner.prune(profile, order(bench, parts, ()), ignore)
 
 
 def test_a_cut_that_is_killed_behind_its_fits_makes_the_last_of_them_again(
     reopen: Callable[[str], Workbench], monkeypatch: pytest.MonkeyPatch, workbench_closed: None
 ) -> None:
     bench = reopen("whole")
-    parts, profile = measure(bench), bench.profile_bare(ignore)
-    expected = bench.prune(profile, order(bench, parts, (1,)), ignore)
+    parts, profile = measure(bench), bench.profiles.make_bare(ignore)
+    expected = bench.pruner.prune(profile, order(bench, parts, (1,)), ignore)
     bench = reopen("killed")
     measure(bench)
     with monkeypatch.context() as patch:
         patch.setattr(Cuts, "_index_layers", kill)
         with pytest.raises(Killed):
-            bench.prune(profile, order(bench, parts, (1,)), ignore)
+            bench.pruner.prune(profile, order(bench, parts, (1,)), ignore)
     told, bench = list[int](), reopen("killed")
-    again = bench.prune(profile, order(bench, parts, (1,)), lambda step, done, _of: told.append(done))
+    again = bench.pruner.prune(profile, order(bench, parts, (1,)), lambda step, done, _of: told.append(done))
     assert again == expected and min(told) == BLOCKS - 1
 
 
@@ -221,17 +221,17 @@ def test_a_cut_of_which_a_layer_is_damaged_is_fitted_from_the_first_block(
     reopen: Callable[[str], Workbench], workbench_closed: None
 ) -> None:
     bench = reopen("whole")
-    parts, profile = measure(bench), bench.profile_bare(ignore)
-    expected, made = bench.prune(profile, order(bench, parts, ()), ignore), snapshot(bench)
+    parts, profile = measure(bench), bench.profiles.make_bare(ignore)
+    expected, made = bench.pruner.prune(profile, order(bench, parts, ()), ignore), snapshot(bench)
     bench = reopen("killed")
     measure(bench)
     with pytest.raises(Killed):
-        bench.prune(profile, order(bench, parts, ()), die_at("fold and fit", 2))
+        bench.pruner.prune(profile, order(bench, parts, ()), die_at("fold and fit", 2))
     damage(bench.store.path(bench.weights.installed["model.layers.1.mlp.down_proj"], ".safetensors"))
     bench, told = reopen("killed"), list[str]()
     bench.weights._warn = told.append
     steps = list[str]()
-    again = bench.prune(profile, order(bench, parts, ()), lambda step, done, _of: steps.append(f"{step} {done}"))
+    again = bench.pruner.prune(profile, order(bench, parts, ()), lambda step, done, _of: steps.append(f"{step} {done}"))
     assert again == expected
     assert "fold and fit 0" in steps and len(told) == 1 and "is computed again" in told[0]
     assert same(snapshot(bench), made)

@@ -38,13 +38,13 @@ def masks(bench: Workbench, profile: str, *labels: str) -> list[torch.Tensor]:
     found = []
     for label in labels:
         prune(bench, profile, 0.5, parse_recipe(label))
-        found.append(torch.cat([(layer.weight_OI == 0).flatten() for layer in bench.layers]))
+        found.append(torch.cat([(layer.weight_OI == 0).flatten() for layer in bench.weights.layers]))
     return found
 
 
 def assert_alike(ours: Workbench, first: tuple[str, Recipe], theirs: Workbench, second: tuple[str, Recipe]) -> None:
     """Means and second moments of two profiles, by recipes."""
-    for name in ours.by_name:
+    for name in ours.weights.by_name:
         one, other = ours.profiles.find_statistics(first[0], name, first[1]), None
         other = theirs.profiles.find_statistics(second[0], name, second[1])
         torch.testing.assert_close(one.mean_square_I, other.mean_square_I, rtol=SUM, atol=0)
@@ -62,13 +62,13 @@ LABELS = (
 def test_a_sum_is_a_profile_of_the_mixed_text(named: Workbench, monkeypatch: pytest.MonkeyPatch) -> None:
     """Windows of both texts, one behind the other, as one text."""
     profile = named.profile(ignore)
-    ours, found = named.read_profile(profile), masks(named, profile, *LABELS)
+    ours, found = named.profiles.read(profile), masks(named, profile, *LABELS)
     both = named.windows._replace(texts=())
     monkeypatch.setattr(tools.workbench.bench, "cut_windows", lambda *given: both)
     settings = named.settings.model_copy(update={"text": {}, "calibration_windows": 8, "gradient_windows": 8})
     mixed = open_bench(settings, named.directory.parent / "mixed")
     whole = mixed.profile(ignore)
-    for one, other in zip(ours.layers, mixed.read_profile(whole).layers, strict=True):
+    for one, other in zip(ours.layers, mixed.profiles.read(whole).layers, strict=True):
         assert one.kappa == pytest.approx(other.kappa, rel=SUM)
         assert (one.wanda, one.gradient) == pytest.approx((other.wanda, other.gradient), rel=SUM)
         assert (one.wanda_z, one.gradient_z) == pytest.approx((other.wanda_z, other.gradient_z), rel=1e-3, abs=1e-4)
@@ -84,17 +84,17 @@ def test_another_mixture_is_a_sum_and_walks_through_no_text(named: Workbench, mo
         for module in (tools.workbench.profiles, tools.workbench.mixtures, tools.workbench.moments):
             for name in ("collect_texts", "collect_statistics", "begin_walk"):
                 patch.setattr(module, name, refuse, raising=False)
-        assert named.has_layers(profile, recipe)
+        assert named.curves.has_layers(profile, recipe)
         prune(named, profile, 0.5, recipe)
         mixture = named.profiles.find(profile, recipe, ignore)
     assert mixture == named.profiles.find(profile, recipe, refuse) != profile, "added up once"
-    read = named.read_profile(mixture)
-    assert (read.mix, read.hidden) == (MIX, named.read_profile(profile).hidden)
+    read = named.profiles.read(mixture)
+    assert (read.mix, read.hidden) == (MIX, named.profiles.read(profile).hidden)
     weights = named.settings.model_copy(update={"text_weights": {"code": 3.0, "prose": 1.0}})
     weighed = open_bench(weights, named.directory.parent / "weighed")
     own = weighed.profile(ignore)
     assert_alike(named, (mixture, Recipe()), weighed, (own, Recipe()))
-    for one, other in zip(read.layers, weighed.read_profile(own).layers, strict=True):
+    for one, other in zip(read.layers, weighed.profiles.read(own).layers, strict=True):
         assert one.kappa == pytest.approx(other.kappa, rel=0.5), "of the masks of equal weights"
     labels = (
         "refit~0.75code~0.25prose:uniform",
@@ -114,7 +114,7 @@ def test_the_runs_own_mixture_is_its_profile(named: Workbench) -> None:
     profile = named.profile(ignore)
     assert named.profiles.find(profile, Recipe.model_validate({"mix": {"code": 1, "prose": 1}}), ignore) == profile
     alone = named.profiles.find(profile, Recipe.model_validate({"mix": {"prose": 1}}), ignore)
-    assert named.read_profile(alone).mix == {"code": 0.0, "prose": 1.0}
+    assert named.profiles.read(alone).mix == {"code": 0.0, "prose": 1.0}
 
 
 @pytest.mark.parametrize("masks_only", [False, True])
@@ -128,7 +128,7 @@ def test_texts_count_by_their_names_in_whatever_order_they_are_given(named: Work
     )
     for bench in (named, other):
         profile = bench.profile(ignore, masks_only=masks_only)
-        assert list(bench.read_profile(profile).mix) == list(bench.settings.text)
+        assert list(bench.profiles.read(profile).mix) == list(bench.settings.text)
         found.append(masks(bench, profile, *labels))
         again = open_bench(bench.settings, bench.directory)
         assert again.profile(ignore, masks_only=masks_only) == profile, "read back"
@@ -153,7 +153,7 @@ def test_a_profile_of_pruned_weights_is_of_all_texts_too(named: Workbench) -> No
     profile = named.profile(ignore)
     prune(named, profile, 0.5)
     again = named.profile(ignore, first=profile)
-    ours, theirs = named.read_profile(again), named.read_profile(profile)
+    ours, theirs = named.profiles.read(again), named.profiles.read(profile)
     assert (ours.means, ours.parts, ours.mix) == (theirs.means, theirs.parts, theirs.mix)
     assert [layer.kappa for layer in ours.layers] != [layer.kappa for layer in theirs.layers]
 
@@ -171,7 +171,7 @@ def test_what_cannot_be_mixed_is_refused_in_one_line(named: Workbench, tiny_llam
     with pytest.raises(
         ImpossiblePlan, match=r"^mix weighs 'code', and this run has neither named texts nor questions; leave it out$"
     ):
-        plain.describe_layers(plain.profile(ignore), parse_recipe("refit~1code:kappa-mask"), ignore)
+        plain.curves.describe_layers(plain.profile(ignore), parse_recipe("refit~1code:kappa-mask"), ignore)
 
 
 def test_experts_are_mixed_too(tmp_path: Path, workbench_closed: None) -> None:
@@ -196,7 +196,7 @@ def test_a_polish_goes_by_the_mixture_of_its_plan(named: Workbench, monkeypatch:
     profile = named.profile(ignore)
     named.warn = lambda _: None
     recipe = parse_recipe("refit~1prose:kappa-mask")
-    named.prune(profile, order_allocation(recipe, plan(named, profile, 0.4, recipe), 64 * 6), ignore)
+    named.pruner.prune(profile, order_allocation(recipe, plan(named, profile, 0.4, recipe), 64 * 6), ignore)
     assert set(read) == {4, 5, 6, 7}
     settings = named.settings
     assert count_polish(settings, 64 * 6, 1) == schedule_polish(4, 64, 64 * 6, settings.seed).count_tokens(64)
@@ -211,7 +211,7 @@ def test_with_other_weights_curves_alone_are_measured_anew(named: Workbench, mon
     again = open_bench(settings, named.directory)
     monkeypatch.setattr(tools.workbench.mixtures, "collect_texts", refuse)
     assert again.profile(ignore) == fresh, "the same to the bit"
-    assert again.read_profile(fresh).mix == MIX
+    assert again.profiles.read(fresh).mix == MIX
     alike = named.settings.model_copy(update={"text_weights": {"code": 2.0, "prose": 2.0}})
     monkeypatch.setattr(tools.workbench.mixtures, "measure_text_curves", refuse)
     assert open_bench(alike, named.directory).profile(ignore), "nothing is measured for the same shares"

@@ -48,14 +48,14 @@ def test_other_named_texts_go_on_with_the_loaded_model_and_the_same_figures(
     monkeypatch.setattr(tools.workbench.bench, "load_model", count_load)
     named = name_texts(tmp_path)
     first = open_bench(tiny_settings(tiny_llama, **named), tmp_path / "run")
-    layers = first.describe_layers(first.profile(ignore), MASK, ignore)
+    layers = first.curves.describe_layers(first.profile(ignore), MASK, ignore)
     zeros = allocate(layers, 0.5, MASK)
-    first.prune(first.profile(ignore), order_allocation(MASK, zeros), ignore)
-    assert first.count_zeros()[0] > 0
+    first.pruner.prune(first.profile(ignore), order_allocation(MASK, zeros), ignore)
+    assert first.weights.count_zeros()[0] > 0
     other = {**named, "text_weights": {"code": 1, "prose": 1}}
     second = open_bench(tiny_settings(tiny_llama, **other), tmp_path / "run")
     assert second is not first and second.model is first.model and len(loads) == 1
-    assert second.count_zeros() == (0, first.count_zeros()[1]), "its weights are dense"
+    assert second.weights.count_zeros() == (0, first.weights.count_zeros()[1]), "its weights are dense"
     profile = second.profile(ignore)
     fresh = open_bench(tiny_settings(tiny_llama, **other), tmp_path / "fresh")
     assert len(loads) == 2, "another directory is another run"

@@ -52,7 +52,7 @@ def kept(deep_llama: Path, tmp_path: Path, workbench_closed: None) -> Workbench:
 
 def open_small(settings: TeamSettings, bench: Workbench, at_once: int) -> Workbench:
     """A workbench beside another that has room for the second moments of so many blocks."""
-    lines = list_disk(bench.model, bench.layers, settings, at_once=at_once)
+    lines = list_disk(bench.model, bench.weights.layers, settings, at_once=at_once)
     told: list[str] = []
     small = open_bench(
         settings.model_copy(update={"disk": sum(line.bytes for line in lines) / 1e9}),
@@ -74,10 +74,10 @@ def count_kept(bench: Workbench) -> int:
 def make_all(bench: Workbench, labels: tuple[str, ...]) -> dict[str, Any]:
     """The profile's layers, and what each recipe makes of the model: zeros by its own curves, and the weights."""
     profile = bench.profile(ignore)
-    made: dict[str, Any] = {"layers": bench.read_profile(profile).layers}
+    made: dict[str, Any] = {"layers": bench.profiles.read(profile).layers}
     for label in labels:
         recipe = parse_recipe(label)
-        layers = bench.describe_layers(profile, recipe, ignore)
+        layers = bench.curves.describe_layers(profile, recipe, ignore)
         made[f"{label} curves"] = [layer.kappa for layer in layers]
         checkpoint = prune(bench, profile, 0.5, recipe)
         made[label] = artifacts(bench, checkpoint), bench.weights.hash_masks()
@@ -131,19 +131,19 @@ def test_those_of_a_block_are_collected_once_by_whoever_needs_them(
     assert collected == [0, 1, 2, 3]
     assert small.profiles._shared is None, "the file that it lay in would stay on disk"
     assert prune(small, profile, 0.5) == checkpoint
-    small.restore(DENSE)
-    small.restore(checkpoint)
+    small.pruner.restore(DENSE)
+    small.pruner.restore(checkpoint)
     assert collected == [0, 1, 2, 3], "layers are read back"
     order = order_allocation(REFIT, plan(small, profile, 0.5))
     layers = dict(order.layers)
-    for layer in small.layers:
+    for layer in small.weights.layers:
         if layer.block == 2:
             layers[layer.name] = layers[layer.name].model_copy(update={"zeros": layers[layer.name].zeros - 1})
-    small.prune(profile, order.model_copy(update={"layers": layers}), ignore)
+    small.pruner.prune(profile, order.model_copy(update={"layers": layers}), ignore)
     assert collected == [0, 1, 2, 3, 2], "of blocks with layers that are known the text passes the dense weights"
-    small.describe_layers(profile, parse_recipe("refit:kappa"), ignore)
+    small.curves.describe_layers(profile, parse_recipe("refit:kappa"), ignore)
     assert collected == [0, 1, 2, 3, 2, 1, 2, 3, 0], "on the way down as many as there is room for"
-    assert small.weights.installed == dict.fromkeys(small.by_name, DENSE)
+    assert small.weights.installed == dict.fromkeys(small.weights.by_name, DENSE)
 
 
 def test_mixtures_are_the_same_sums(deep_llama: Path, tmp_path: Path, workbench_closed: None) -> None:
@@ -174,17 +174,17 @@ def test_an_order_of_several_recipes_and_a_kill_in_it(kept: Workbench) -> None:
         return mix(refit, (mask, lambda x: "v_proj" in x), (last, lambda x: ".3." in x))
 
     profile = kept.profile(ignore)
-    whole = kept.prune(profile, order(kept, profile), ignore)
+    whole = kept.pruner.prune(profile, order(kept, profile), ignore)
     expected, bits = artifacts(kept, whole), snapshot(kept)
     small = open_small(settings, kept, 1)
     profile = small.profile(ignore)
-    checkpoint = small.prune(profile, order(small, profile), ignore)
+    checkpoint = small.pruner.prune(profile, order(small, profile), ignore)
     assert artifacts(small, checkpoint) == expected and same(snapshot(small), bits)
     index = small.store.directory / "index.jsonl"
     for lines in (1, 9, 20):  # as if killed
         index.write_text("\n".join(index.read_text().splitlines()[:-lines]))
-        small.restore(DENSE)
-        assert small.prune(profile, order(small, profile), ignore) == checkpoint
+        small.pruner.restore(DENSE)
+        assert small.pruner.prune(profile, order(small, profile), ignore) == checkpoint
         assert same(snapshot(small), bits)
 
 
@@ -193,13 +193,13 @@ def test_layers_that_are_gone_are_made_again_in_one_pass(kept: Workbench, monkey
     profile = small.profile(ignore)
     checkpoint, told = prune(small, profile, 0.5), list[str]()
     bits = snapshot(small)
-    small.restore(DENSE)
-    names = list(small.by_name)
+    small.pruner.restore(DENSE)
+    names = list(small.weights.by_name)
     for name in (names[3], names[-1]):
         damage(artifact_path(small, checkpoint, name))
     small.warn = told.append
     collected = count_collected(monkeypatch)
-    small.restore(checkpoint)
+    small.pruner.restore(checkpoint)
     assert same(snapshot(small), bits) and collected == [0, 3]
     assert len(told) == 2 and all(text.endswith("is computed again") for text in told)
 
@@ -227,16 +227,19 @@ def test_too_little_disk_even_so_is_refused(kept: Workbench, tmp_path: Path, mon
 
 def test_a_polish_is_asked_room_for_too(kept: Workbench, tmp_path: Path) -> None:
     """Twice values, two means and the best so far of half of the weights, and what the dense model's head reads."""
-    weights, course = sum(layer.weight_OI.numel() for layer in kept.layers), Course(polish_tokens=64, polished_at=0.5)
+    weights, course = (
+        sum(layer.weight_OI.numel() for layer in kept.weights.layers),
+        Course(polish_tokens=64, polished_at=0.5),
+    )
     state, windows = 2 * (weights // 2) * (4 + 8 + 4), kept.settings.count_fitted()
     more = state + windows * kept.settings.window * kept.model.config.hidden_size * 4
 
     def fit(disk: int, asked: Course) -> int | None:
         settings = kept.settings.model_copy(update={"disk": disk / 1e9})
-        return fit_disk(kept.model, kept.layers, settings, tmp_path, 0, asked, told.append)
+        return fit_disk(kept.model, kept.weights.layers, settings, tmp_path, 0, asked, told.append)
 
     told: list[str] = []
-    needed = sum(line.bytes for line in list_disk(kept.model, kept.layers, kept.settings))
+    needed = sum(line.bytes for line in list_disk(kept.model, kept.weights.layers, kept.settings))
     assert fit(needed, Course()) is None and fit(needed + more, course) is None and not told
     assert fit(needed + more - 1, course) is not None
     assert "second moments are not kept, which takes a disk of " in told[0]
@@ -246,13 +249,13 @@ def test_a_polish_is_asked_room_for_too(kept: Workbench, tmp_path: Path) -> None
 
 def test_as_many_blocks_as_there_is_room_for(kept: Workbench) -> None:
     def size(at_once: int | None) -> int:
-        return sum(x.bytes for x in list_disk(kept.model, kept.layers, kept.settings, at_once=at_once))
+        return sum(x.bytes for x in list_disk(kept.model, kept.weights.layers, kept.settings, at_once=at_once))
 
     def find(room: float) -> int | None:
-        return plan_disk(kept.model, kept.layers, kept.settings, room).at_once
+        return plan_disk(kept.model, kept.weights.layers, kept.settings, room).at_once
 
     assert size(None) == size(4), "blocks of one shape"
     assert size(4) - size(3) == size(2) - size(1) > 0
     assert [find(size(None)), find(size(None) - 1), find(size(2)), find(size(2) - 1), find(0)] == [None, 3, 2, 1, 1]
-    whole = plan_disk(kept.model, kept.layers, kept.settings, size(3))
+    whole = plan_disk(kept.model, kept.weights.layers, kept.settings, size(3))
     assert (whole.lines[0].what, whole.bytes) == ("second moments, of some blocks at a time", size(3))

@@ -62,7 +62,7 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 def evaluate(bench: Workbench, checkpoint: str, profile: str, progress: Progress = ignore) -> Evaluation:
-    return bench.evaluate(checkpoint, "validation", profile, progress)
+    return bench.evaluator.evaluate(checkpoint, "validation", profile, progress)
 
 
 @pytest.mark.parametrize("workers", ["", "2"])
@@ -196,10 +196,10 @@ def test_pruning_goes_on_before_the_block_that_it_was_in(
     order = order_allocation(SEQUENTIAL, plan(bench, profile, 0.4, SEQUENTIAL))
     monkeypatch.setattr(tools.workbench.layer_pruning, "prune_layer", die)
     with pytest.raises(Killed):
-        bench.prune(profile, order, ignore)
+        bench.pruner.prune(profile, order, ignore)
     bench = reopen(settings, tmp_path / "killed")
     walked.clear()
-    assert bench.prune(profile, order, ignore) == expected and {block for _, block in walked} == {1}
+    assert bench.pruner.prune(profile, order, ignore) == expected and {block for _, block in walked} == {1}
     assert list_passed(bench) == []
 
 
@@ -233,10 +233,10 @@ def test_gradients_in_other_weights_are_of_no_use(tiny_llama: Path, tmp_path: Pa
     bench = open_bench(settings, tmp_path / "killed")
     assert bench.profile(ignore) == first
     assert [prune(bench, first, sparsity) for sparsity in (0.3, 0.6)] == checkpoints
-    bench.restore(checkpoints[0])
+    bench.pruner.restore(checkpoints[0])
     with pytest.raises(Killed):
         bench.profile(die_before(2, "gradients"), first)
-    bench.restore(checkpoints[1])
+    bench.pruner.restore(checkpoints[1])
     assert bench.profile(ignore, first) == expected
 
 

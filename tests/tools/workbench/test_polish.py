@@ -61,7 +61,7 @@ def order(
 
 
 def masks(bench: Workbench) -> dict[str, Tensor]:
-    return {layer.name: layer.weight_OI == 0 for layer in bench.layers}
+    return {layer.name: layer.weight_OI == 0 for layer in bench.weights.layers}
 
 
 def list_files(bench: Workbench) -> set[str]:
@@ -76,22 +76,22 @@ def test_zeros_stay_exactly_where_they_were_and_the_kl_falls(
     bench = open_bench(tiny_settings(model, dtype=dtype, calibration_windows=7), tmp_path / "run")
     profile, protect = bench.profile(ignore), Adjustment(selector="blocks 0-0", action="protect")
     dense = snapshot(bench)
-    before = bench.prune(profile, order(bench, profile, REFIT, protect, tokens=0), ignore)
-    zeros, mask = masks(bench), bench.hash_masks()
-    after = bench.prune(profile, order(bench, profile, REFIT, protect), ignore)
-    assert after != before and bench.hash_masks() == mask
+    before = bench.pruner.prune(profile, order(bench, profile, REFIT, protect, tokens=0), ignore)
+    zeros, mask = masks(bench), bench.weights.hash_masks()
+    after = bench.pruner.prune(profile, order(bench, profile, REFIT, protect), ignore)
+    assert after != before and bench.weights.hash_masks() == mask
     assert all(torch.equal(found, zeros[name]) for name, found in masks(bench).items())
-    polished, made = snapshot(bench), bench.read_checkpoint(after)
-    for layer in bench.layers:
+    polished, made = snapshot(bench), bench.pruner.read_checkpoint(after)
+    for layer in bench.weights.layers:
         untouched = torch.equal(polished[f"{layer.name}.weight"], dense[f"{layer.name}.weight"])
         assert untouched == (layer.block == 0) == (made[layer.name].artifact == DENSE)
-    told = bench.read_polished(after)
+    told = bench.pruner.read_polished(after)
     assert told is not None and told.helped and told.after < told.before
     assert (told.tokens, told.passes, told.planned_steps) == (TOKENS, 2, 6)
-    kl = [bench.evaluate(x, "validation", profile, ignore).mean_kl for x in (before, after)]
+    kl = [bench.evaluator.evaluate(x, "validation", profile, ignore).mean_kl for x in (before, after)]
     assert kl[0] is not None and kl[1] is not None and kl[1] < kl[0]
-    bench.restore(DENSE)
-    bench.restore(after)
+    bench.pruner.restore(DENSE)
+    bench.pruner.restore(after)
     assert same(snapshot(bench), polished)
 
 
@@ -99,10 +99,10 @@ def test_zeros_stay_exactly_where_they_were_and_the_kl_falls(
 def test_the_figures_of_a_polish(bench: Workbench) -> None:
     """Of the tiny Llama, whose weights and text are seeded, as they were found."""
     profile = bench.profile(ignore)
-    checkpoints = [bench.prune(profile, order(bench, profile, tokens=tokens), ignore) for tokens in (0, TOKENS)]
-    told = bench.read_polished(checkpoints[1])
+    checkpoints = [bench.pruner.prune(profile, order(bench, profile, tokens=tokens), ignore) for tokens in (0, TOKENS)]
+    told = bench.pruner.read_polished(checkpoints[1])
     assert told is not None
-    kls = [bench.evaluate(checkpoint, "validation", profile, ignore).mean_kl for checkpoint in checkpoints]
+    kls = [bench.evaluator.evaluate(checkpoint, "validation", profile, ignore).mean_kl for checkpoint in checkpoints]
     assert (told.before, told.after) == pytest.approx((0.16028, 0.15528), rel=5e-3)
     assert kls == pytest.approx([0.25680, 0.25013], rel=5e-3)
 
@@ -110,36 +110,36 @@ def test_the_figures_of_a_polish(bench: Workbench) -> None:
 def test_a_pattern_holds(bench: Workbench) -> None:
     profile = bench.profile(ignore)
     recipe = Recipe(method="two-sided", refit=False, allocation="uniform", pattern="2:4")
-    bench.prune(profile, order(bench, profile, recipe), ignore)
-    for layer in bench.layers:
+    bench.pruner.prune(profile, order(bench, profile, recipe), ignore)
+    for layer in bench.weights.layers:
         assert torch.equal((layer.weight_OI == 0).view(-1, 4).sum(1), torch.full((layer.weight_OI.numel() // 4,), 2))
 
 
 def test_without_a_polish_everything_is_called_what_it_was(bench: Workbench) -> None:
     profile = bench.profile(ignore)
     plain = order(bench, profile, tokens=0)
-    checkpoint = bench.prune(profile, plain, ignore)
+    checkpoint = bench.pruner.prune(profile, plain, ignore)
     assert "polish" not in plain.model_copy(update={"line": ""}).layers["model.layers.0.mlp.up_proj"].model_dump_json()
     assert "polish" not in str(bench.store.read_json(checkpoint))
-    assert bench.is_made_of(checkpoint, profile, plain) and bench.read_polished(checkpoint) is None
+    assert bench.pruner.is_made_of(checkpoint, profile, plain) and bench.pruner.read_polished(checkpoint) is None
     other = order(bench, profile)
-    assert other.id != plain.id and not bench.is_made_of(checkpoint, profile, other)
-    polished = bench.prune(profile, other, ignore)
-    assert bench.is_made_of(polished, profile, other) and not bench.is_made_of(polished, profile, plain)
+    assert other.id != plain.id and not bench.pruner.is_made_of(checkpoint, profile, other)
+    polished = bench.pruner.prune(profile, other, ignore)
+    assert bench.pruner.is_made_of(polished, profile, other) and not bench.pruner.is_made_of(polished, profile, plain)
     fewer = order(bench, profile, tokens=64)
-    assert fewer.id not in (other.id, plain.id) and not bench.is_made_of(polished, profile, fewer)
+    assert fewer.id not in (other.id, plain.id) and not bench.pruner.is_made_of(polished, profile, fewer)
 
 
 def test_what_never_gets_better_stays_as_it_was(bench: Workbench, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tools.polish.optimisers, "RATE", 3.0)
     profile, warnings = bench.profile(ignore), []
-    before = bench.prune(profile, order(bench, profile, tokens=0), ignore)
+    before = bench.pruner.prune(profile, order(bench, profile, tokens=0), ignore)
     bits = snapshot(bench)
     bench.warn = warnings.append
-    after = bench.prune(profile, order(bench, profile), ignore)
+    after = bench.pruner.prune(profile, order(bench, profile), ignore)
     assert same(snapshot(bench), bits) and after != before
-    assert bench.read_checkpoint(after) == bench.read_checkpoint(before)
-    told = bench.read_polished(after)
+    assert bench.pruner.read_checkpoint(after) == bench.pruner.read_checkpoint(before)
+    told = bench.pruner.read_polished(after)
     assert told is not None and not told.helped and told.before == told.after
     assert warnings == [
         f"the polish on {TOKENS} tokens never brought the KL on the windows held out below the {told.before:.4f} "
@@ -151,35 +151,35 @@ def test_polished_once_then_read_back_and_made_again_where_it_is_damaged(
     bench: Workbench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     profile = bench.profile(ignore)
-    checkpoint = bench.prune(profile, order(bench, profile), ignore)
+    checkpoint = bench.pruner.prune(profile, order(bench, profile), ignore)
     bits, warnings, runs = snapshot(bench), [], []
     run = tools.polish.loop.Polish.run
     monkeypatch.setattr(tools.polish.loop.Polish, "run", lambda polish: runs.append(polish) or run(polish))
-    assert bench.prune(profile, order(bench, profile), ignore) == checkpoint and runs == []
+    assert bench.pruner.prune(profile, order(bench, profile), ignore) == checkpoint and runs == []
     bench.warn = warnings.append
-    bench.restore(DENSE)
-    path = artifact_path(bench, checkpoint, bench.layers[3].name)
+    bench.pruner.restore(DENSE)
+    path = artifact_path(bench, checkpoint, bench.weights.layers[3].name)
     damage(path)
-    bench.restore(checkpoint)
+    bench.pruner.restore(checkpoint)
     assert same(snapshot(bench), bits) and len(runs) == 1 and path.is_file()
-    assert warnings == [w for w in warnings if w.endswith(f"layer {bench.layers[3].name} is computed again")]
-    bench.restore(DENSE)
-    bench.forget_checkpoints([])  # nothing of it is on disk any more
-    bench.restore(checkpoint)
+    assert warnings == [w for w in warnings if w.endswith(f"layer {bench.weights.layers[3].name} is computed again")]
+    bench.pruner.restore(DENSE)
+    bench.pruner.forget([])  # nothing of it is on disk any more
+    bench.pruner.restore(checkpoint)
     assert same(snapshot(bench), bits) and len(runs) == 2
     monkeypatch.setattr(tools.polish.optimisers, "RATE", 6e-3)
-    bench.restore(DENSE)
-    bench.forget_checkpoints([])
+    bench.pruner.restore(DENSE)
+    bench.pruner.forget([])
     bench.index._path.unlink()
     with pytest.raises(DamagedArtifact, match=r"is damaged and does not come out the same again$"):
-        bench.restore(checkpoint)
+        bench.pruner.restore(checkpoint)
 
 
 def test_stopped_in_a_pass_and_gone_on_with_by_another_process_is_the_same(bench: Workbench) -> None:
     alone = open_bench(bench.settings, bench.directory.parent / "alone")
     profile = alone.profile(ignore)
     asked = order(alone, profile)
-    expected, bits, files = alone.prune(profile, asked, ignore), snapshot(alone), list_files(alone)
+    expected, bits, files = alone.pruner.prune(profile, asked, ignore), snapshot(alone), list_files(alone)
     bench = open_bench(bench.settings, bench.directory)
     assert bench.profile(ignore) == profile
     event, steps = Event(), []
@@ -191,12 +191,14 @@ def test_stopped_in_a_pass_and_gone_on_with_by_another_process_is_the_same(bench
                 event.set()
 
     with stop_at(event), pytest.raises(Stopped):
-        bench.prune(profile, asked, stop)
+        bench.pruner.prune(profile, asked, stop)
     settings, directory = bench.settings, bench.directory
     close_workbench()
     bench = open_bench(settings, directory)
     again: list[int] = []
-    made = bench.prune(profile, asked, lambda label, done, _: again.append(done) if label.startswith("pol") else None)
+    made = bench.pruner.prune(
+        profile, asked, lambda label, done, _: again.append(done) if label.startswith("pol") else None
+    )
     assert made == expected and same(snapshot(bench), bits)
     assert again[0] == 5, "steps that were taken are not taken again"
     times = {name for name in list_files(bench) ^ files if not name.endswith(".json")}
@@ -233,8 +235,8 @@ def test_means_are_in_bf16_where_memory_is_scarce_and_the_kl_falls_nearly_as_far
         free_memory(monkeypatch, size)
         bench = open_bench(bench.settings, tmp_path / str(i), warned.append)
         profile = bench.profile(ignore)
-        made.append(bench.prune(profile, order(bench, profile), ignore))
-        told.append(bench.read_polished(made[-1]))
+        made.append(bench.pruner.prune(profile, order(bench, profile), ignore))
+        told.append(bench.pruner.read_polished(made[-1]))
     fp32, bf16, again = told
     assert warned == 2 * [SCARCE]
     assert fp32 is not None and bf16 is not None and again is not None
@@ -257,26 +259,30 @@ def test_the_format_of_means_is_settled_when_a_polish_is_begun(
     alone = open_bench(bench.settings, bench.directory.parent / "alone", warned.append)
     profile = alone.profile(ignore)
     asked = order(alone, profile)
-    expected, bits = alone.prune(profile, asked, ignore), snapshot(alone)
-    told = alone.read_polished(expected)
+    expected, bits = alone.pruner.prune(profile, asked, ignore), snapshot(alone)
+    told = alone.pruner.read_polished(expected)
     assert told is not None and told.means == ("fp32" if rich else "bf16")
     bench = open_bench(bench.settings, bench.directory, warned.append)
     assert bench.profile(ignore) == profile
     event, again = Event(), list[Any]()
     with stop_at(event), pytest.raises(Stopped):
-        bench.prune(profile, asked, lambda label, done, _: event.set() if (done, label[:3]) == (3, "pol") else None)
+        bench.pruner.prune(
+            profile, asked, lambda label, done, _: event.set() if (done, label[:3]) == (3, "pol") else None
+        )
     assert warned == ([] if rich else 2 * [SCARCE]), "told when it is settled"
     settings, directory = bench.settings, bench.directory
     close_workbench()
     free_memory(monkeypatch, then)
     bench = open_bench(settings, directory)
-    made = bench.prune(profile, asked, lambda label, done, _: again.append(done) if label.startswith("pol") else None)
+    made = bench.pruner.prune(
+        profile, asked, lambda label, done, _: again.append(done) if label.startswith("pol") else None
+    )
     assert (made, again[0]) == (expected, 3) and same(snapshot(bench), bits)
-    assert bench.prune(profile, asked, ignore) == expected, "read back"
-    bench.restore(DENSE)
-    bench.forget_checkpoints([])
+    assert bench.pruner.prune(profile, asked, ignore) == expected, "read back"
+    bench.pruner.restore(DENSE)
+    bench.pruner.forget([])
     bench.warn = again.append  # that all layers are computed again
-    bench.restore(expected)
+    bench.pruner.restore(expected)
     assert same(snapshot(bench), bits)
 
 
@@ -284,13 +290,15 @@ def test_what_was_kept_of_a_polish_and_is_damaged_is_done_anew(bench: Workbench)
     profile = bench.profile(ignore)
     asked, event = order(bench, profile), Event()
     with stop_at(event), pytest.raises(Stopped):
-        bench.prune(profile, asked, lambda label, done, _: event.set() if (done, label[:3]) == (3, "pol") else None)
+        bench.pruner.prune(
+            profile, asked, lambda label, done, _: event.set() if (done, label[:3]) == (3, "pol") else None
+        )
     for path in bench.store.directory.rglob("*.safetensors"):
         damage(path)
     bench = open_bench(bench.settings, bench.directory.parent / "fresh")
     assert bench.profile(ignore) == profile
-    bench.prune(profile, asked, ignore)
-    assert bench.read_polished(bench.prune(profile, asked, ignore)) is not None
+    bench.pruner.prune(profile, asked, ignore)
+    assert bench.pruner.read_polished(bench.pruner.prune(profile, asked, ignore)) is not None
 
 
 @pytest.mark.parametrize(
@@ -310,7 +318,7 @@ def test_too_little_is_refused_before_anything_is_pruned(
     bench = open_bench(settings, tmp_path / "run")
     profile = bench.profile(ignore)
     with pytest.raises(ImpossiblePlan, match=line):
-        bench.prune(profile, order(bench, profile, WANDA, tokens=tokens), ignore)
+        bench.pruner.prune(profile, order(bench, profile, WANDA, tokens=tokens), ignore)
     assert computed == []
 
 
@@ -322,16 +330,16 @@ def test_workers_come_to_the_same_weights(
     warned: list[str] = []
     bench.warn = warned.append
     profile = bench.profile(ignore)
-    checkpoint = bench.prune(profile, order(bench, profile), ignore)
-    evaluation = bench.evaluate(checkpoint, "validation", profile, ignore)
+    checkpoint = bench.pruner.prune(profile, order(bench, profile), ignore)
+    evaluation = bench.evaluator.evaluate(checkpoint, "validation", profile, ignore)
     gather_teams(monkeypatch)
     monkeypatch.delattr(Divergence, "differentiate")  # of this process alone
     settings = tiny_settings(bench.settings.model, calibration_windows=7, workers="2")
     shared = open_bench(settings, tmp_path / "shared", warned.append)
     assert shared.profile(ignore) == profile
-    assert shared.prune(profile, order(shared, profile), ignore) == checkpoint
+    assert shared.pruner.prune(profile, order(shared, profile), ignore) == checkpoint
     assert warned == ([] if free else 2 * [SCARCE])
-    assert shared.evaluate(checkpoint, "validation", profile, ignore) == evaluation
+    assert shared.evaluator.evaluate(checkpoint, "validation", profile, ignore) == evaluation
 
 
 def test_a_mixture_with_questions_is_polished_on_where_statistics_are_of_it(
@@ -344,12 +352,12 @@ def test_a_mixture_with_questions_is_polished_on_where_statistics_are_of_it(
         bench = open_bench(asking.model_copy(update=changes), tmp_path / name)
         profile = bench.profile(ignore)
         recipe = REFIT.model_copy(update={"mix": mix_questions(share)})
-        allocation = allocate(bench.describe_layers(profile, recipe, ignore), 0.7, recipe)
-        checkpoint = bench.prune(profile, order_allocation(recipe, allocation, TOKENS), ignore)
-        told = bench.read_polished(checkpoint)
+        allocation = allocate(bench.curves.describe_layers(profile, recipe, ignore), 0.7, recipe)
+        checkpoint = bench.pruner.prune(profile, order_allocation(recipe, allocation, TOKENS), ignore)
+        told = bench.pruner.read_polished(checkpoint)
         assert told is not None and told.helped
         snapshots[name] = snapshot(bench)
         if name == "mixed":
-            other = bench.prune(profile, order_allocation(REFIT, allocation, TOKENS), ignore)
-            assert other != checkpoint and bench.read_polished(other) != told
+            other = bench.pruner.prune(profile, order_allocation(REFIT, allocation, TOKENS), ignore)
+            assert other != checkpoint and bench.pruner.read_polished(other) != told
     assert same(snapshots["mixed"], snapshots["shared"]) and not same(snapshots["mixed"], snapshots["alone"])

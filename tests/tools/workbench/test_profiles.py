@@ -21,13 +21,14 @@ from tools.statistics.collect import collect_questions, collect_statistics
 from tools.statistics.known import ModelStatistics
 from tools.workbench.bench import Workbench
 from tools.workbench.open import close_workbench
+from tools.workbench.probes import probe_orders
 
 
 def test_a_profile_holds_every_layer_and_comes_out_the_same_again(bench: Workbench) -> None:
     before = snapshot(bench)
     profile = bench.profile(ignore)
-    stored = bench.read_profile(profile)
-    assert [layer.name for layer in stored.layers] == [layer.name for layer in bench.layers]
+    stored = bench.profiles.read(profile)
+    assert [layer.name for layer in stored.layers] == [layer.name for layer in bench.weights.layers]
     assert stored.dense.finite and len(stored.dense.nll) == 3
     assert bench.store.read_tensors(stored.hidden)["hidden"].shape == (3, 64, 32)
     assert bench.profile(ignore) == profile
@@ -37,15 +38,15 @@ def test_a_profile_holds_every_layer_and_comes_out_the_same_again(bench: Workben
 
 
 def test_second_moments_wait_until_a_recipe_needs_them(bench: Workbench) -> None:
-    whole = bench.read_profile(bench.profile(ignore))
+    whole = bench.profiles.read(bench.profile(ignore))
     profile = bench.profile(ignore, masks_only=True)
-    assert bench.read_profile(profile).moments == {}
-    bench.prune(profile, order_allocation(MASK, plan(bench, profile, 0.5, MASK)), ignore)
+    assert bench.profiles.read(profile).moments == {}
+    bench.pruner.prune(profile, order_allocation(MASK, plan(bench, profile, 0.5, MASK)), ignore)
     assert len(bench.index.read(".json")) == 3, "what was checked, what was opened, and the dense model's losses"
-    refitted = bench.prune(profile, order_allocation(REFIT, plan(bench, profile, 0.5)), ignore)
+    refitted = bench.pruner.prune(profile, order_allocation(REFIT, plan(bench, profile, 0.5)), ignore)
     assert bench.profiles.find_moments(profile) == whole.moments
-    planned = bench.planned_sparsity(refitted)
-    assert dict(zip(bench.by_name, bench.sparsities(), strict=True)) == pytest.approx(planned)
+    planned = bench.pruner.planned_sparsity(refitted)
+    assert dict(zip(bench.weights.by_name, bench.weights.sparsities(), strict=True)) == pytest.approx(planned)
 
 
 def test_a_second_profile_makes_no_layer_and_no_curve_again(
@@ -54,25 +55,25 @@ def test_a_second_profile_makes_no_layer_and_no_curve_again(
     """They hang on the dense model's statistics, which a profile of the present weights leaves as they are."""
     recipes = [parse_recipe(label) for label in ("refit:kappa", "sparsegpt~sequential:alphapruning", "wanda:owl")]
     first = bench.profile(ignore)
-    told = {recipe: bench.describe_layers(first, recipe, ignore) for recipe in recipes}
+    told = {recipe: bench.curves.describe_layers(first, recipe, ignore) for recipe in recipes}
     orders = [order_allocation(recipe, allocate(told[recipe], 0.4, recipe)) for recipe in recipes]
-    checkpoints = [bench.prune(first, order, ignore) for order in orders]
-    probed = bench.probe(first, orders[:1], 2, ignore, back=checkpoints[0], keep=checkpoints)
+    checkpoints = [bench.pruner.prune(first, order, ignore) for order in orders]
+    probed = probe_orders(bench, first, orders[:1], 2, ignore, back=checkpoints[0], keep=checkpoints)
     count = len(computed)
-    assert count == 3 * len(bench.layers)
+    assert count == 3 * len(bench.weights.layers)
     second = bench.profile(ignore, first)
     assert second != first
     for name in ("measure_kappa", "measure_alpha"):
         monkeypatch.setattr(tools.workbench.curves, name, pytest.fail)
     for recipe, order, checkpoint in zip(recipes, orders, checkpoints, strict=True):
-        layers = bench.describe_layers(second, recipe, ignore)
+        layers = bench.curves.describe_layers(second, recipe, ignore)
         own = [(x.kappa if recipe.needs_curves else x.alpha) for x in layers]
         assert own == [(x.kappa if recipe.needs_curves else x.alpha) for x in told[recipe]]
-        assert bench.has_layers(second, recipe)
-        again = bench.prune(second, order, ignore)
-        assert bench.read_checkpoint(again) == bench.read_checkpoint(checkpoint)
+        assert bench.curves.has_layers(second, recipe)
+        again = bench.pruner.prune(second, order, ignore)
+        assert bench.pruner.read_checkpoint(again) == bench.pruner.read_checkpoint(checkpoint)
     monkeypatch.setattr(bench.pruner, "prune", pytest.fail)
-    assert bench.probe(second, orders[:1], 2, ignore, back=again) == probed
+    assert probe_orders(bench, second, orders[:1], 2, ignore, back=again) == probed
     assert len(computed) == count
 
 
@@ -82,14 +83,16 @@ def test_a_second_profile_has_curves_of_the_present_weights_and_prunes_by_what_t
 ) -> None:
     first = bench.profile(ignore, masks_only=masks_only)
     allocation = plan(bench, first, 0.5)
-    pruned = bench.prune(first, order_allocation(REFIT, allocation), ignore)
+    pruned = bench.pruner.prune(first, order_allocation(REFIT, allocation), ignore)
     second = bench.profile(ignore, first)
-    curves = [[layer.kappa for layer in bench.read_profile(profile).layers] for profile in (first, second)]
+    curves = [[layer.kappa for layer in bench.profiles.read(profile).layers] for profile in (first, second)]
     assert curves[0] != curves[1]
-    present = dict(zip(bench.by_name, bench.sparsities(), strict=True))
-    assert present == pytest.approx(bench.planned_sparsity(pruned)), "the weights are left as they were"
-    again = bench.prune(second, order_allocation(REFIT, allocation), ignore)
-    assert bench.read_checkpoint(again) == bench.read_checkpoint(pruned), "the same layers, by their contents"
+    present = dict(zip(bench.weights.by_name, bench.weights.sparsities(), strict=True))
+    assert present == pytest.approx(bench.pruner.planned_sparsity(pruned)), "the weights are left as they were"
+    again = bench.pruner.prune(second, order_allocation(REFIT, allocation), ignore)
+    assert bench.pruner.read_checkpoint(again) == bench.pruner.read_checkpoint(pruned), (
+        "the same layers, by their contents"
+    )
 
 
 def test_a_profile_of_a_second_process_is_the_same(bench: Workbench) -> None:
@@ -114,7 +117,7 @@ def test_a_dense_model_that_is_not_finite_is_refused(bench: Workbench) -> None:
 def test_statistics_that_are_not_finite_are_refused(bench: Workbench, monkeypatch: pytest.MonkeyPatch) -> None:
     def spoil(*arguments: Any) -> ModelStatistics:
         statistics = collect_statistics(*arguments)
-        statistics.gradient_square[bench.layers[3].name][1] = math.inf
+        statistics.gradient_square[bench.weights.layers[3].name][1] = math.inf
         return statistics
 
     monkeypatch.setattr(tools.workbench.profiles, "collect_statistics", spoil)
@@ -125,7 +128,7 @@ def test_statistics_that_are_not_finite_are_refused(bench: Workbench, monkeypatc
 
 def read_known(bench: Workbench, profile: str) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, float]]:
     """(mean squares, second moments, gradient scores), each by layer."""
-    stored = bench.read_profile(profile)
+    stored = bench.profiles.read(profile)
     found = {name: bench.profiles.find_statistics(profile, name, Recipe()) for name in bench.weights.by_name}
     moments = {name: own.second_moment_II for name, own in found.items() if own.second_moment_II is not None}
     return {n: own.mean_square_I for n, own in found.items()}, moments, {x.name: x.gradient for x in stored.layers}
@@ -145,27 +148,27 @@ def test_any_mixture_with_questions_is_a_sum_of_what_each_text_says(asking: Any,
             whole_II = (1 - share) * ours[1][name] + share * theirs[1][name]
             assert torch.allclose(moments[name], whole_II, rtol=1e-5, atol=1e-7)
             assert gradients[name] == pytest.approx((1 - share) * ours[2][name] + share * theirs[2][name], rel=1e-5)
-        stored = bench.read_profile(found)
+        stored = bench.profiles.read(found)
         for layer in stored.layers:
             own, asked = (stored.parts[text].kappa[layer.name] for text in ("run", "questions"))
             levels = [(1 - share) * a + share * b for a, b in zip(own, asked, strict=True)]
             assert layer.kappa == pytest.approx(levels, rel=1e-12)
-    run, whole = bench.read_profile(profile), bench.profiles.find(profile, parse_recipe("refit~1run"), ignore)
-    assert (bench.read_profile(whole).layers, bench.read_profile(whole).means) == (run.layers, run.means)
+    run, whole = bench.profiles.read(profile), bench.profiles.find(profile, parse_recipe("refit~1run"), ignore)
+    assert (bench.profiles.read(whole).layers, bench.profiles.read(whole).means) == (run.layers, run.means)
 
 
 @pytest.mark.parametrize("label", ["two-sided:kappa", "refit:kappa", "sparsegpt~sequential:owl"])
 def test_layers_are_pruned_by_a_mixture_with_questions(asking: Any, tmp_path: Path, label: str) -> None:
     bench = open_bench(asking, tmp_path / "run")
     profile, recipe = bench.profile(ignore), parse_recipe(label)
-    own = bench.prune(profile, order_allocation(recipe, plan(bench, profile, 0.5, recipe)), ignore)
+    own = bench.pruner.prune(profile, order_allocation(recipe, plan(bench, profile, 0.5, recipe)), ignore)
     mixed = recipe.model_copy(update={"mix": mix_questions(0.5)})
-    allocation = allocate(bench.describe_layers(profile, mixed, ignore), 0.5, mixed)
+    allocation = allocate(bench.curves.describe_layers(profile, mixed, ignore), 0.5, mixed)
     order = order_allocation(mixed, allocation)
-    checkpoint = bench.prune(profile, order, ignore)
-    assert bench.is_made_of(checkpoint, profile, order)
-    assert checkpoint != own and not bench.is_made_of(own, profile, order)
-    assert not bench.is_made_of(checkpoint, profile, order_allocation(recipe, allocation))
+    checkpoint = bench.pruner.prune(profile, order, ignore)
+    assert bench.pruner.is_made_of(checkpoint, profile, order)
+    assert checkpoint != own and not bench.pruner.is_made_of(own, profile, order)
+    assert not bench.pruner.is_made_of(checkpoint, profile, order_allocation(recipe, allocation))
 
 
 def test_questions_are_profiled_once(asking: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -184,25 +187,25 @@ def test_questions_are_profiled_once(asking: Any, tmp_path: Path, monkeypatch: p
     bench = open_bench(asking, tmp_path / "run")
     profile = bench.profile(ignore, masks_only=True)
     recipe = parse_recipe("refit~half:kappa-mask")
-    bench.read_layers(profile, recipe, ignore)
-    assert profiled == ["run"] and not bench.has_layers(profile, recipe)
-    allocation = allocate(bench.describe_layers(profile, recipe, ignore), 0.5, recipe)
-    assert bench.has_layers(profile, recipe)
-    checkpoint = bench.prune(profile, order_allocation(recipe, allocation), ignore)
+    bench.curves.read_layers(profile, recipe, ignore)
+    assert profiled == ["run"] and not bench.curves.has_layers(profile, recipe)
+    allocation = allocate(bench.curves.describe_layers(profile, recipe, ignore), 0.5, recipe)
+    assert bench.curves.has_layers(profile, recipe)
+    checkpoint = bench.pruner.prune(profile, order_allocation(recipe, allocation), ignore)
     expected = snapshot(bench)
     assert profiled == ["run", "questions"]
-    stored = bench.read_profile(bench.profiles.find(profile, recipe, ignore))
+    stored = bench.profiles.read(bench.profiles.find(profile, recipe, ignore))
     assert (stored.calibration, stored.moments, stored.mix) == ("questions", {}, {"run": 0.5, "questions": 0.5})
-    assert bench.has_layers(profile, parse_recipe("refit~quarter:kappa-mask"))
-    bench.describe_layers(profile, parse_recipe("refit~0.1questions~0.9run:kappa-mask"), ignore)
-    assert stored.dense == bench.read_profile(profile).dense
+    assert bench.curves.has_layers(profile, parse_recipe("refit~quarter:kappa-mask"))
+    bench.curves.describe_layers(profile, parse_recipe("refit~0.1questions~0.9run:kappa-mask"), ignore)
+    assert stored.dense == bench.profiles.read(profile).dense
 
-    artifact = artifact_path(bench, checkpoint, bench.layers[3].name)
+    artifact = artifact_path(bench, checkpoint, bench.weights.layers[3].name)
     close_workbench()
     damage(artifact)
     seen: list[str] = []
     bench = open_bench(asking, tmp_path / "run", seen.append)
-    assert same(expected, (bench.restore(checkpoint), snapshot(bench))[1])
+    assert same(expected, (bench.pruner.restore(checkpoint), snapshot(bench))[1])
     assert profiled == ["run", "questions"] and len(seen) == 1
 
 
@@ -214,8 +217,8 @@ def test_workers_walk_through_the_same_text(asking: Any, tmp_path: Path, label: 
         if name == "team":
             join_team(bench)
         profile = bench.profile(ignore)
-        allocation = allocate(bench.describe_layers(profile, recipe, ignore), 0.5, recipe)
-        results.append((profile, bench.prune(profile, order_allocation(recipe, allocation), ignore)))
+        allocation = allocate(bench.curves.describe_layers(profile, recipe, ignore), 0.5, recipe)
+        results.append((profile, bench.pruner.prune(profile, order_allocation(recipe, allocation), ignore)))
     assert results[0] == results[1]
 
 
@@ -239,9 +242,9 @@ def test_a_text_that_the_run_has_not_is_refused_before_anything_is_measured(
     profile = bench.profile(ignore)
     recipe = parse_recipe("refit~half:kappa")
     with pytest.raises(ImpossiblePlan, match=re.escape(reason)):
-        bench.read_layers(profile, recipe, ignore)
+        bench.curves.read_layers(profile, recipe, ignore)
     with pytest.raises(ImpossiblePlan, match=re.escape(reason)):
-        bench.prune(profile, order_allocation(recipe, plan(bench, profile, 0.5, MASK)), ignore)
+        bench.pruner.prune(profile, order_allocation(recipe, plan(bench, profile, 0.5, MASK)), ignore)
 
 
 def test_a_mixture_is_of_the_dense_model_whatever_was_profiled_again(
@@ -249,11 +252,11 @@ def test_a_mixture_is_of_the_dense_model_whatever_was_profiled_again(
 ) -> None:
     bench = open_bench(asking, tmp_path / "run")
     profile, recipe = bench.profile(ignore), parse_recipe("refit~half:kappa-mask")
-    expected = bench.describe_layers(profile, recipe, ignore)
+    expected = bench.curves.describe_layers(profile, recipe, ignore)
     monkeypatch.setattr(tools.workbench.profiles, "collect_questions", None)  # once is enough
     again = profile
     for share in (0.3, 0.5):
         prune(bench, profile, share)
         again = bench.profile(ignore, first=again)
-        assert bench.read_profile(again).first == profile
-        assert bench.describe_layers(again, recipe, ignore) == expected
+        assert bench.profiles.read(again).first == profile
+        assert bench.curves.describe_layers(again, recipe, ignore) == expected

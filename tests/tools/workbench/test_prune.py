@@ -38,20 +38,20 @@ def test_every_architecture_is_pruned_exactly_and_restored_bit_for_bit(
     made = {}
     for recipe in (REFIT, MASK, WANDA):
         allocation = plan(bench, profile, 0.45, recipe)
-        checkpoint = bench.prune(profile, order_allocation(recipe, allocation), ignore)
+        checkpoint = bench.pruner.prune(profile, order_allocation(recipe, allocation), ignore)
         made[checkpoint] = snapshot(bench)
-        zeros, weights = bench.count_zeros()
+        zeros, weights = bench.weights.count_zeros()
         assert zeros == round(0.45 * weights) == sum(allocation.zeros.values())
-        for layer, share in zip(bench.layers, bench.sparsities(), strict=True):
+        for layer, share in zip(bench.weights.layers, bench.weights.sparsities(), strict=True):
             assert int((layer.weight_OI == 0).sum()) == allocation.zeros[layer.name]
             assert share == pytest.approx(allocation.zeros[layer.name] / layer.weight_OI.numel())
     assert len(made) == 3
     for checkpoint, bits in made.items():
-        bench.restore(checkpoint)
+        bench.pruner.restore(checkpoint)
         assert same(snapshot(bench), bits)
-        bench.restore(DENSE)
+        bench.pruner.restore(DENSE)
         assert same(snapshot(bench), dense)
-    names = {layer.name for layer in bench.layers}
+    names = {layer.name for layer in bench.weights.layers}
     for bits in made.values():  # nothing but the prunable layers is touched
         assert {k.removesuffix(".weight") for k in bits if not torch.equal(bits[k], dense[k])} <= names
 
@@ -71,30 +71,30 @@ def test_what_was_finished_before_a_layer_breaks_is_kept_and_the_rest_put_back(
         return prune_layer(*arguments)
 
     monkeypatch.setattr(tools.workbench.layer_pruning, "prune_layer", fail)
-    name = list(bench.by_name)[4]
+    name = list(bench.weights.by_name)[4]
     with pytest.raises(BrokenPlan, match=rf"^pruning layer {name}: out of memory \(CUDA out of memory\.\)$"):
         prune(bench, profile, 0.45)
     assert not same(snapshot(bench), snapped), "it broke in the middle"
-    assert len(bench.restore(before)) == 4
+    assert len(bench.pruner.restore(before)) == 4
     assert same(snapshot(bench), snapped)
-    assert prune(bench, profile, 0.45) and begun == 1 + len(bench.layers), "four were read back"
+    assert prune(bench, profile, 0.45) and begun == 1 + len(bench.weights.layers), "four were read back"
 
 
 def test_restoring_touches_only_what_differs(bench: Workbench, written: list[str]) -> None:
     profile = bench.profile(ignore)
     allocation = plan(bench, profile, 0.4)
-    first = bench.prune(profile, order_allocation(REFIT, allocation), ignore)
+    first = bench.pruner.prune(profile, order_allocation(REFIT, allocation), ignore)
     names = list(allocation.zeros)
     allocation.zeros[names[2]] -= 10
     allocation.zeros[names[5]] += 10
     written.clear()
-    second = bench.prune(profile, order_allocation(REFIT, allocation), ignore)
+    second = bench.pruner.prune(profile, order_allocation(REFIT, allocation), ignore)
     assert sorted(written) == sorted([names[2], names[5]])
     written.clear()
-    assert sorted(bench.restore(first)) == sorted([names[2], names[5]]) == sorted(written)
-    assert bench.restore(first) == []
-    assert sorted(bench.restore(second)) == sorted([names[2], names[5]])
-    assert sorted(bench.restore(DENSE)) == sorted(names)
+    assert sorted(bench.pruner.restore(first)) == sorted([names[2], names[5]]) == sorted(written)
+    assert bench.pruner.restore(first) == []
+    assert sorted(bench.pruner.restore(second)) == sorted([names[2], names[5]])
+    assert sorted(bench.pruner.restore(DENSE)) == sorted(names)
 
 
 def test_sparsity_may_fall_as_well_as_rise(bench: Workbench) -> None:
@@ -110,9 +110,9 @@ def test_protected_layers_stay_dense(bench: Workbench) -> None:
     profile = bench.profile(ignore)
     before = snapshot(bench)
     allocation = plan(bench, profile, 0.4, REFIT, Adjustment(selector="*.v_proj", action="protect"))
-    checkpoint = bench.prune(profile, order_allocation(REFIT, allocation), ignore)
+    checkpoint = bench.pruner.prune(profile, order_allocation(REFIT, allocation), ignore)
     after = snapshot(bench)
-    for name, record in bench.read_checkpoint(checkpoint).items():
+    for name, record in bench.pruner.read_checkpoint(checkpoint).items():
         protected = name.endswith("v_proj")
         assert (record.artifact == DENSE) == protected
         assert torch.equal(before[f"{name}.weight"], after[f"{name}.weight"]) == protected
@@ -121,7 +121,7 @@ def test_protected_layers_stay_dense(bench: Workbench) -> None:
 def test_progress_counts_every_layer(bench: Workbench) -> None:
     profile = bench.profile(ignore)
     seen: list[tuple[str, int, int]] = []
-    bench.prune(profile, order_allocation(REFIT, plan(bench, profile, 0.4)), lambda *step: seen.append(step))
+    bench.pruner.prune(profile, order_allocation(REFIT, plan(bench, profile, 0.4)), lambda *step: seen.append(step))
     assert seen == [("prune", i, 14) for i in range(15)]
 
 
@@ -170,21 +170,21 @@ def test_forgotten_checkpoints_lose_their_files_but_not_their_recipe(bench: Work
     first_weights = snapshot(bench)
     second = prune(bench, profile, 0.4)
     second_weights = snapshot(bench)
-    shared = {r.artifact for r in bench.read_checkpoint(first).values()} & {
-        r.artifact for r in bench.read_checkpoint(second).values()
+    shared = {r.artifact for r in bench.pruner.read_checkpoint(first).values()} & {
+        r.artifact for r in bench.pruner.read_checkpoint(second).values()
     }
-    bench.forget_checkpoints([second, DENSE])
-    for name in bench.by_name:
-        record = bench.read_checkpoint(first)[name]
+    bench.pruner.forget([second, DENSE])
+    for name in bench.weights.by_name:
+        record = bench.pruner.read_checkpoint(first)[name]
         assert artifact_path(bench, first, name).is_file() == (record.artifact in shared)
         assert record.artifact == DENSE or artifact_path(bench, second, name).is_file()
-    bench.restore(DENSE)
-    bench.restore(second)
+    bench.pruner.restore(DENSE)
+    bench.pruner.restore(second)
     assert same(snapshot(bench), second_weights)
     assert warnings == []
-    bench.restore(first)
+    bench.pruner.restore(first)
     assert same(snapshot(bench), first_weights)
-    gone = sum(a not in (*shared, DENSE) for a in {r.artifact for r in bench.read_checkpoint(first).values()})
+    gone = sum(a not in (*shared, DENSE) for a in {r.artifact for r in bench.pruner.read_checkpoint(first).values()})
     assert warnings == [f"{gone} layers are no longer on disk and are computed again"]
 
 
@@ -194,17 +194,20 @@ def test_steps_of_the_method_refit_make_other_layers_by_the_same_curves(
     profile = bench.profile(ignore)
     allocation = plan(bench, profile, 0.4)
     five, three = (
-        bench.prune(profile, order_allocation(parse_recipe(label), allocation), ignore) for label in ("refit", "refit3")
+        bench.pruner.prune(profile, order_allocation(parse_recipe(label), allocation), ignore)
+        for label in ("refit", "refit3")
     )
     assert five != three
-    assert len(computed) == 2 * len(bench.layers)
-    assert bench.prune(profile, order_allocation(parse_recipe("refit3:owl"), allocation), ignore) == three
-    assert len(computed) == 2 * len(bench.layers)
-    assert bench.has_layers(profile, Recipe(curves="mask")) and not bench.has_layers(profile, Recipe())
-    bench.describe_layers(profile, Recipe(), ignore)
-    assert bench.has_layers(profile, Recipe(refit_steps=3)) and not bench.has_layers(profile, Recipe(gamma="clipped"))
+    assert len(computed) == 2 * len(bench.weights.layers)
+    assert bench.pruner.prune(profile, order_allocation(parse_recipe("refit3:owl"), allocation), ignore) == three
+    assert len(computed) == 2 * len(bench.weights.layers)
+    assert bench.curves.has_layers(profile, Recipe(curves="mask")) and not bench.curves.has_layers(profile, Recipe())
+    bench.curves.describe_layers(profile, Recipe(), ignore)
+    assert bench.curves.has_layers(profile, Recipe(refit_steps=3)) and not bench.curves.has_layers(
+        profile, Recipe(gamma="clipped")
+    )
     monkeypatch.setattr(tools.workbench.curves, "measure_kappa", pytest.fail)
-    assert bench.describe_layers(profile, Recipe(refit_steps=3), ignore) == bench.describe_layers(
+    assert bench.curves.describe_layers(profile, Recipe(refit_steps=3), ignore) == bench.curves.describe_layers(
         profile, Recipe(), ignore
     )
 
@@ -212,8 +215,10 @@ def test_steps_of_the_method_refit_make_other_layers_by_the_same_curves(
 def test_the_method_refit_is_made_once_whatever_the_recipe_says_of_a_refit(bench: Workbench) -> None:
     profile = bench.profile(ignore)
     allocation = plan(bench, profile, 0.4)
-    first = bench.prune(profile, order_allocation(Recipe(method="refit"), allocation), ignore)
-    assert bench.prune(profile, order_allocation(Recipe(method="refit", refit=False), allocation), ignore) == first
+    first = bench.pruner.prune(profile, order_allocation(Recipe(method="refit"), allocation), ignore)
+    assert (
+        bench.pruner.prune(profile, order_allocation(Recipe(method="refit", refit=False), allocation), ignore) == first
+    )
 
 
 @pytest.mark.parametrize("method", ["wanda", "sparsegpt", "refit"])
@@ -221,7 +226,7 @@ def test_a_pattern_holds_in_every_group(bench: Workbench, method: str) -> None:
     profile = bench.profile(ignore)
     recipe = parse_recipe(f"{method}:uniform").model_copy(update={"pattern": "2:4"})
     prune(bench, profile, 0.5, recipe)
-    for layer in bench.layers:
+    for layer in bench.weights.layers:
         assert bool(((layer.weight_OI == 0).reshape(-1, 4).sum(1) == 2).all())
 
 
@@ -233,20 +238,22 @@ def test_a_damping_that_had_to_grow_is_told(
 
     monkeypatch.setattr(tools.statistics.pruned, "prune_weight", strain)
     prune(bench, bench.profile(ignore), 0.4)
-    assert warnings[0] == (f"layer {bench.layers[0].name} needed damping 0.1 instead of 0.01: its inputs are singular")
+    assert warnings[0] == (
+        f"layer {bench.weights.layers[0].name} needed damping 0.1 instead of 0.01: its inputs are singular"
+    )
 
 
 def test_in_order_the_first_block_is_as_ever_and_the_others_see_pruned_inputs(bench: Workbench) -> None:
     profile = bench.profile(ignore)
     allocation = plan(bench, profile, 0.4)
-    plain = bench.prune(profile, order_allocation(REFIT, allocation), ignore)
-    weights = {layer.name: layer.weight_OI.clone() for layer in bench.layers}
-    ordered = bench.prune(profile, order_allocation(SEQUENTIAL, allocation), ignore)
-    for layer in bench.layers:
+    plain = bench.pruner.prune(profile, order_allocation(REFIT, allocation), ignore)
+    weights = {layer.name: layer.weight_OI.clone() for layer in bench.weights.layers}
+    ordered = bench.pruner.prune(profile, order_allocation(SEQUENTIAL, allocation), ignore)
+    for layer in bench.weights.layers:
         change = (layer.weight_OI - weights[layer.name]).norm() / weights[layer.name].norm()
         assert (float(change) < 1e-3) is (layer.block == 0)
-    assert bench.planned_sparsity(plain) == bench.planned_sparsity(ordered)
-    assert bench.count_zeros()[0] == sum(allocation.zeros.values())
+    assert bench.pruner.planned_sparsity(plain) == bench.pruner.planned_sparsity(ordered)
+    assert bench.weights.count_zeros()[0] == sum(allocation.zeros.values())
 
 
 def test_in_order_interrupted_is_as_uninterrupted(
@@ -256,14 +263,14 @@ def test_in_order_interrupted_is_as_uninterrupted(
     index = bench.store.directory / "index.jsonl"
     before = len(index.read_text().splitlines())
     allocation = plan(bench, profile, 0.4)
-    checkpoint = bench.prune(profile, order_allocation(SEQUENTIAL, allocation), ignore)
+    checkpoint = bench.pruner.prune(profile, order_allocation(SEQUENTIAL, allocation), ignore)
     whole, count = snapshot(bench), len(computed)
     lines = index.read_text().splitlines()
     for kept in (3, 10, len(lines) - before):  # as if killed in the first block, in the second, and after the last
         index.write_text("\n".join(lines[: before + kept]))
         computed.clear()
-        bench.restore(DENSE)
-        assert bench.prune(profile, order_allocation(SEQUENTIAL, allocation), ignore) == checkpoint
+        bench.pruner.restore(DENSE)
+        assert bench.pruner.prune(profile, order_allocation(SEQUENTIAL, allocation), ignore) == checkpoint
         assert same(snapshot(bench), whole)
         assert len(computed) <= count - kept
 
@@ -280,7 +287,7 @@ def mix(order: WorkOrder, *others: tuple[WorkOrder, Callable[[str], bool]]) -> W
 
 
 def artifacts(bench: Workbench, checkpoint: str) -> dict[str, str]:
-    return {name: record.artifact for name, record in bench.read_checkpoint(checkpoint).items()}
+    return {name: record.artifact for name, record in bench.pruner.read_checkpoint(checkpoint).items()}
 
 
 @pytest.mark.parametrize("workers", [False, True])
@@ -289,27 +296,27 @@ def test_layers_of_several_recipes_come_out_as_each_recipe_makes_them(bench: Wor
     profile = bench.profile(ignore, masks_only=True)
     allocation = plan(bench, profile, 0.4)
     refit, mask, ordered = (order_allocation(recipe, allocation) for recipe in (REFIT, MASK, SEQUENTIAL))
-    by = {x.name: ordered if x.block == 0 or "self_attn" in x.name else refit for x in bench.layers}
+    by = {x.name: ordered if x.block == 0 or "self_attn" in x.name else refit for x in bench.weights.layers}
     by["model.layers.1.self_attn.k_proj"] = mask
     order = mix(refit, (mask, lambda name: by[name] is mask), (ordered, lambda name: by[name] is ordered))
     if workers:
         join_team(bench)
-    mixed = bench.prune(profile, order, ignore)
+    mixed = bench.pruner.prune(profile, order, ignore)
     bits, found = snapshot(bench), artifacts(bench, mixed)
     (bench.store.directory / "index.jsonl").unlink()
     for each in (refit, mask, ordered):
-        made = artifacts(bench, bench.prune(profile, each, ignore))
+        made = artifacts(bench, bench.pruner.prune(profile, each, ignore))
         weights = snapshot(bench)
         for name in (name for name in by if by[name] is each):
             assert found[name] == made[name]
             assert torch.equal(bits[f"{name}.weight"], weights[f"{name}.weight"])
-        assert bench.is_made_of(mixed, profile, order) and not bench.is_made_of(mixed, profile, each)
-    assert bench.restore(mixed) and same(snapshot(bench), bits)
+        assert bench.pruner.is_made_of(mixed, profile, order) and not bench.pruner.is_made_of(mixed, profile, each)
+    assert bench.pruner.restore(mixed) and same(snapshot(bench), bits)
     for kept in (0, 5, 12):  # as if killed
         index = bench.store.directory / "index.jsonl"
         index.write_text("\n".join(index.read_text().splitlines()[: -(kept or 1)]))
-        bench.restore(DENSE)
-        assert bench.prune(profile, order, ignore) == mixed and same(snapshot(bench), bits)
+        bench.pruner.restore(DENSE)
+        assert bench.pruner.prune(profile, order, ignore) == mixed and same(snapshot(bench), bits)
 
 
 def test_in_order_layers_are_behind_those_that_were_pruned_by_other_statistics(bench: Workbench) -> None:
@@ -317,11 +324,11 @@ def test_in_order_layers_are_behind_those_that_were_pruned_by_other_statistics(b
     allocation = plan(bench, profile, 0.4)
     labels = ("magnitude", "magnitude~sequential", "sparsegpt~sequential")
     plain, first, behind = (order_allocation(parse_recipe(label), allocation) for label in labels)
-    last = {layer.name for layer in bench.layers if layer.block == 1}
-    mixed = bench.prune(profile, mix(plain, (behind, last.__contains__)), ignore)
-    again = bench.prune(profile, mix(first, (behind, last.__contains__)), ignore)
+    last = {layer.name for layer in bench.weights.layers if layer.block == 1}
+    mixed = bench.pruner.prune(profile, mix(plain, (behind, last.__contains__)), ignore)
+    again = bench.pruner.prune(profile, mix(first, (behind, last.__contains__)), ignore)
     assert artifacts(bench, mixed) == artifacts(bench, again), "magnitudes know of no statistics"
-    alone = artifacts(bench, bench.prune(profile, behind, ignore))
+    alone = artifacts(bench, bench.pruner.prune(profile, behind, ignore))
     assert all(alone[name] != artifact for name, artifact in artifacts(bench, mixed).items())
 
 
@@ -336,14 +343,14 @@ def test_in_order_a_layer_is_pruned_by_the_same_sums_whatever_the_others_are(
     prune_layer = tools.workbench.layer_pruning.prune_layer
 
     def see(recipe: Recipe, dense_OI: torch.Tensor, statistics: Any, zeros: int) -> Pruned:
-        if recipe.method == "wanda" and zeros == allocation.zeros[name] and dense_OI.equal(bench.dense[name]):
+        if recipe.method == "wanda" and zeros == allocation.zeros[name] and dense_OI.equal(bench.weights.dense[name]):
             seen.append(statistics.mean_square_I.clone())
         return prune_layer(recipe, dense_OI, statistics, zeros)
 
     monkeypatch.setattr(tools.workbench.layer_pruning, "prune_layer", see)
     for order in (orders[0], mix(orders[1], (orders[0], lambda n: n == name))):
         (bench.store.directory / "index.jsonl").write_text("")
-        bench.prune(profile, order, ignore)
+        bench.pruner.prune(profile, order, ignore)
     assert len(seen) == 2 and torch.equal(*seen)
 
 
@@ -353,7 +360,7 @@ def test_in_order_there_is_one_text(bench: Workbench) -> None:
     texts = (SEQUENTIAL.model_copy(update={"mix": mix}) for mix in (mix_questions(0.5), ()))
     half, run = (order_allocation(recipe, allocation) for recipe in texts)
     with pytest.raises(ImpossiblePlan) as refusal:
-        bench.prune(profile, mix(run, (half, lambda name: name == bench.layers[0].name)), ignore)
+        bench.pruner.prune(profile, mix(run, (half, lambda name: name == bench.weights.layers[0].name)), ignore)
     assert str(refusal.value) == (
         "statistics behind pruned predecessors in one round are of one calibration text, and not of '~half' and 'run'"
     )
@@ -370,8 +377,8 @@ def test_what_is_put_in_from_memory_is_what_its_artifact_stands_for(
     profile = bench.profile(ignore)
     checkpoint = prune(bench, profile, 0.5, parse_recipe(label))
     bits = snapshot(bench)
-    bench.restore(DENSE)
-    bench.restore(checkpoint)
+    bench.pruner.restore(DENSE)
+    bench.pruner.restore(checkpoint)
     assert same(snapshot(bench), bits)
 
 
@@ -379,7 +386,7 @@ def test_in_order_some_layers_alone_take_the_text_no_further_than_the_last_of_th
     bench: Workbench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     profile = bench.profile(ignore)
-    layers = bench.read_profile(profile).layers
+    layers = bench.profiles.read(profile).layers
     whole = order_allocation(SEQUENTIAL, plan(bench, profile, 0.5, SEQUENTIAL))
     ran, run = set[int](), Blocks.run
 
@@ -392,7 +399,7 @@ def test_in_order_some_layers_alone_take_the_text_no_further_than_the_last_of_th
         order = prune_alone(whole, selector, layers)
         assert order.passed == passed
         ran.clear()
-        bench.prune(profile, order, ignore)
+        bench.pruner.prune(profile, order, ignore)
         assert ran == blocks
     half = list_order_costs(prune_alone(whole, "blocks 0", layers), bench.settings)
     both = list_order_costs(whole, bench.settings)

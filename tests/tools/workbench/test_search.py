@@ -12,6 +12,7 @@ from tools.base.progress import ignore_progress
 from tools.plans.allocate import allocate
 from tools.plans.recipe import parse_recipe
 from tools.workbench.bench import Workbench
+from tools.workbench.evaluate import Evaluator
 from tools.workbench.open import close_workbench, use_workbench
 from tools.workbench.search import Decision, SavedSearch, search_allocation
 
@@ -62,7 +63,7 @@ def test_what_is_found_is_exact_and_told_with_its_tokens(searched: Searched, tmp
     assert [text[: len(SHORT)] for text in searched.warnings] == [SHORT]
     assert searched.read().search.zeros == found.allocation.zeros
     with use_workbench(tiny_settings(searched.model), searched.directory, pytest.fail, ignore_progress) as bench:
-        layers = bench.read_profile(searched.read().profile).layers
+        layers = bench.profiles.read(searched.read().profile).layers
     searched.path.unlink()
     small = searched.again(GENERATION - 1)
     assert (small.allocation, small.tokens) == (allocate(layers, 0.45, RECIPE, max_layer_sparsity=0.95), 0)
@@ -74,7 +75,7 @@ def test_it_goes_on_where_it_was(searched: Searched, monkeypatch: pytest.MonkeyP
     saved = searched.read()
     saved.seconds += 1000
     write_json(searched.path, saved.model_dump())
-    monkeypatch.setattr(Workbench, "measure_kl_each", pytest.fail)
+    monkeypatch.setattr(Evaluator, "measure_kl_each", pytest.fail)
     again = searched.again()
     assert again[:2] == searched.found[:2]
     assert again.seconds >= saved.seconds, "the time of the first try is counted"
@@ -82,7 +83,7 @@ def test_it_goes_on_where_it_was(searched: Searched, monkeypatch: pytest.MonkeyP
 
 def test_an_interrupted_one_ends_as_if_it_never_was(searched: Searched, monkeypatch: pytest.MonkeyPatch) -> None:
     searched.path.unlink()
-    measure, calls = Workbench.measure_kl_each, []
+    measure, calls = Evaluator.measure_kl_each, []
 
     def interrupt(bench: Workbench, *arguments: Any) -> Any:
         calls.append(arguments)
@@ -90,7 +91,7 @@ def test_an_interrupted_one_ends_as_if_it_never_was(searched: Searched, monkeypa
             raise KeyboardInterrupt
         return measure(bench, *arguments)
 
-    monkeypatch.setattr(Workbench, "measure_kl_each", interrupt)
+    monkeypatch.setattr(Evaluator, "measure_kl_each", interrupt)
     with pytest.raises(KeyboardInterrupt):
         searched.again()
     assert searched.read().search.generation == 1
@@ -119,8 +120,8 @@ def test_one_of_other_settings_or_another_model_is_not_gone_on_with(
     elif spoil == "file":
         searched.path.write_text("{")
     measured: list[str] = []
-    measure = Workbench.measure_kl_each
-    monkeypatch.setattr(Workbench, "measure_kl_each", lambda bench, c, w: measured.extend(c) or measure(bench, c, w))
+    measure = Evaluator.measure_kl_each
+    monkeypatch.setattr(Evaluator, "measure_kl_each", lambda bench, c, w: measured.extend(c) or measure(bench, c, w))
     again = searched.again()
     assert len(measured) == 2 * CANDIDATES and again.tokens == 2 * GENERATION
     others = [text for text in searched.warnings if not text.startswith(SHORT)]

@@ -25,25 +25,25 @@ LABELS = [
 
 def test_every_recipe_is_exact_and_finite(bench: Workbench) -> None:
     profile = bench.profile(ignore)
-    sizes = {layer.name: layer.weight_OI.numel() for layer in bench.layers}
+    sizes = {layer.name: layer.weight_OI.numel() for layer in bench.weights.layers}
     for sparsity, label in itertools.product((0.7, 0.8), LABELS):
         recipe = parse_recipe(label)
-        layers = bench.describe_layers(profile, recipe, ignore)
+        layers = bench.curves.describe_layers(profile, recipe, ignore)
         allocation = allocate(layers, sparsity, recipe, max_layer_sparsity=0.95)
-        checkpoint = bench.prune(profile, order_allocation(recipe, allocation), ignore)
-        assert bench.count_zeros() == (round(sparsity * sum(sizes.values())), sum(sizes.values())), label
-        for layer in bench.layers:
+        checkpoint = bench.pruner.prune(profile, order_allocation(recipe, allocation), ignore)
+        assert bench.weights.count_zeros() == (round(sparsity * sum(sizes.values())), sum(sizes.values())), label
+        for layer in bench.weights.layers:
             zeros = int((layer.weight_OI == 0).sum())
             assert zeros == allocation.zeros[layer.name] <= math.ceil(0.95 * sizes[layer.name])
             assert bool(layer.weight_OI.isfinite().all()), label
-        assert bench.evaluate(checkpoint, "validation", profile, ignore).finite, label
+        assert bench.evaluator.evaluate(checkpoint, "validation", profile, ignore).finite, label
 
 
 def test_a_bound_that_no_allocation_meets_is_one_line(bench: Workbench) -> None:
     profile = bench.profile(ignore)
     for rule in RULES:
         recipe = parse_recipe(f"refit:{rule}")
-        layers = bench.describe_layers(profile, recipe, ignore)
+        layers = bench.curves.describe_layers(profile, recipe, ignore)
         with pytest.raises(ImpossiblePlan) as refusal:
             allocate(layers, 0.8, recipe, max_layer_sparsity=0.7)
         said = r"bounds and protected layers allow at most 70\.0\d% sparsity, but 80\.00% is asked"

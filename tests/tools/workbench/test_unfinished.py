@@ -94,7 +94,7 @@ def test_a_profile_goes_on_at_the_block_where_it_was(
     assert len(calls) == at, "not one window or layer more was begun"
     bench = again(bench)
     if second:
-        bench.restore(checkpoint)
+        bench.pruner.restore(checkpoint)
     assert bench.profile(ignore, first if second else "") == expected
     assert (len(sums), len(curves)) == (summed, drawn), "only the block under way is done again"
     assert list_files(bench) == files, "nothing is left of what was under way"
@@ -136,13 +136,13 @@ def test_curves_go_on_at_the_block_where_they_were(bench: Workbench, stopping: C
     event = Event()
     cuts = stopping(tools.workbench.curves, "cut_to_levels", event, 9)
     with stop_at(event), pytest.raises(Stopped):
-        bench.describe_layers(profile, OWN, ignore)
+        bench.curves.describe_layers(profile, OWN, ignore)
     assert len(cuts) == 9, "the layer under way was the last"
     bench = again(bench)
-    layers = bench.describe_layers(profile, OWN, ignore)
+    layers = bench.curves.describe_layers(profile, OWN, ignore)
     assert len(cuts) == 9 + 7, "the upper block was read back"
     alone = open_bench(bench.settings, bench.directory.parent / "alone")
-    assert layers == alone.describe_layers(alone.profile(ignore), OWN, ignore)
+    assert layers == alone.curves.describe_layers(alone.profile(ignore), OWN, ignore)
 
 
 def test_second_moments_go_on_at_the_block_where_they_were(bench: Workbench, stopping: Count) -> None:
@@ -156,7 +156,7 @@ def test_second_moments_go_on_at_the_block_where_they_were(bench: Workbench, sto
     found = bench.profiles.find_moments(profile, ignore)
     assert len(sums) - begun == 4 * 4, "those of the second block alone"
     alone = open_bench(bench.settings, bench.directory.parent / "alone")
-    assert found == alone.read_profile(alone.profile(ignore)).moments
+    assert found == alone.profiles.read(alone.profile(ignore)).moments
 
 
 @pytest.mark.parametrize("recipe", [OWN, SEQUENTIAL], ids=lambda recipe: recipe.label)
@@ -166,14 +166,14 @@ def test_pruning_goes_on_at_the_layer_where_it_was(recipe: Any, bench: Workbench
     event = Event()
     pruned = stopping(tools.workbench.layer_pruning, "prune_layer", event, 9)
     with stop_at(event), pytest.raises(Stopped):
-        bench.prune(profile, order, ignore)
+        bench.pruner.prune(profile, order, ignore)
     assert len(pruned) == 9
     bench = again(bench)
-    checkpoint = bench.prune(profile, order, ignore)
+    checkpoint = bench.pruner.prune(profile, order, ignore)
     assert len(pruned) == 14, "every layer was pruned once"
     bits = snapshot(bench)
     alone = open_bench(bench.settings, bench.directory.parent / "alone")
-    assert alone.prune(alone.profile(ignore), order, ignore) == checkpoint
+    assert alone.pruner.prune(alone.profile(ignore), order, ignore) == checkpoint
     assert all((bits[name] == value).all() for name, value in snapshot(alone).items())
 
 
@@ -183,7 +183,9 @@ def test_every_window_is_measured_once(split: Any, bench: Workbench, stopping: C
     profile = alone.profile(ignore)
     checkpoint = prune(alone, profile, 0.4)
     expected = (
-        alone.read_profile(profile).dense if split == "dense" else alone.evaluate(checkpoint, split, profile, ignore)
+        alone.profiles.read(profile).dense
+        if split == "dense"
+        else alone.evaluator.evaluate(checkpoint, split, profile, ignore)
     )
     files = list_files(alone)
     bench, count = open_bench(bench.settings, bench.directory), 2 if split == "test" else 3
@@ -195,8 +197,8 @@ def test_every_window_is_measured_once(split: Any, bench: Workbench, stopping: C
 
     def measure() -> Any:
         if split == "dense":
-            return bench.read_profile(bench.profile(ignore)).dense
-        return bench.evaluate(checkpoint, split, profile, ignore)
+            return bench.profiles.read(bench.profile(ignore)).dense
+        return bench.evaluator.evaluate(checkpoint, split, profile, ignore)
 
     with stop_at(event), pytest.raises(Stopped):
         measure()
@@ -214,12 +216,12 @@ def test_every_batch_of_questions_is_asked_once(
 ) -> None:
     monkeypatch.setattr(tools.measure.recall, "BATCH", 1)
     alone = open_bench(asking, tmp_path / "alone")
-    expected = alone.ask("dense", "validation", ignore)
+    expected = alone.evaluator.ask("dense", "validation", ignore)
     bench = open_bench(asking, tmp_path / "run")
     event = Event()
     batches = stopping(tools.measure.recall, "read_answers", event, 3)
     with stop_at(event), pytest.raises(Stopped):
-        bench.ask("dense", "validation", ignore)
+        bench.evaluator.ask("dense", "validation", ignore)
     bench = again(bench)
-    assert bench.ask("dense", "validation", ignore) == expected and len(batches) == 4
+    assert bench.evaluator.ask("dense", "validation", ignore) == expected and len(batches) == 4
     assert list_files(bench) == list_files(alone)

@@ -17,7 +17,7 @@ def test_masks_are_hashed_as_the_exported_file_has_them(
 ) -> None:
     bench = open_bench(tiny_settings(save_tiny_model(tmp_path / "model", architecture)), tmp_path / "run")
     profile = bench.profile(ignore)
-    dense = bench.hash_masks()
+    dense = bench.weights.hash_masks()
     prune(bench, profile, 0.45)
     export_model(bench.model, bench.tokenizer, tmp_path / "exported", "card")
 
@@ -31,6 +31,6 @@ def test_masks_are_hashed_as_the_exported_file_has_them(
             digest.update(key.encode())
             digest.update(bytes(sum((flat[i + j] != 0) << j for j in range(8)) for i in range(0, len(flat), 8)))
             zeros, weights = zeros + flat.count(0.0), weights + len(flat)
-    assert bench.hash_masks() == digest.hexdigest() != dense
-    assert (zeros, weights) == bench.count_zeros()
+    assert bench.weights.hash_masks() == digest.hexdigest() != dense
+    assert (zeros, weights) == bench.weights.count_zeros()
     assert zeros == round(0.45 * weights)
