@@ -11,13 +11,13 @@ from graph.planning.orders import describe_plan
 from graph.planning.plan import Plan
 from graph.reflecting.schema import Lesson
 from graph.runs.directory import write_config
-from graph.state import Trial
 from tests.profiles import make_profile
 from tools.base.files import write_json
 from tools.base.made import FORMAT
 from tools.base.rundir import append_event
 from tools.plans.layer_profile import LayerProfile
 from tools.results.schema import CutResult, Perplexities, Protocol, Reach, Summary
+from tools.results.trial import Trial
 from tools.workbench.store import ArtifactStore
 
 KINDS = ("self_attn.q_proj", "mlp.up_proj")

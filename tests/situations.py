@@ -14,11 +14,11 @@ from graph.planning.plan import Plan
 from graph.planning.refinements import STRONG
 from graph.planning.situation import Situation
 from graph.reflecting.schema import Lesson
-from graph.state import Trial
 from tests.profiles import make_profile
 from tools.plans.layer_profile import LEVELS, LayerProfile
 from tools.plans.recipe import Recipe
 from tools.plans.work_order import WorkOrder
+from tools.results.trial import Trial
 
 if TYPE_CHECKING:
     from tools.workbench.bench import Workbench

@@ -15,7 +15,6 @@ from graph.planning.plan import Plan
 from graph.planning.recipes import gather_layers
 from graph.planning.refinements import STRONG, change_levers
 from graph.planning.situation import Situation
-from graph.state import Trial
 from tools.base.errors import BrokenPlan, ImpossiblePlan, UserError
 from tools.base.settings import TeamSettings
 from tools.plans.costs import count_in_order, count_polish, list_curve_costs, list_order_costs
@@ -24,6 +23,7 @@ from tools.plans.layer_profile import LayerProfile
 from tools.plans.recipe import Recipe, parse_recipe
 from tools.plans.work_order import WorkOrder, order_allocation
 from tools.results.losses import Evaluation
+from tools.results.trial import Trial
 from tools.workbench.search import search_allocation
 
 if TYPE_CHECKING:

@@ -17,7 +17,7 @@ from graph.reflecting.schema import Experience, Lesson, Note
 from graph.runs.directory import check_input, create_run
 from graph.runs.replay import read_target
 from graph.runs.session import Session, enter, open_bench
-from graph.state import State, Trial
+from graph.state import State
 from tools.base.errors import BrokenBaseline, UnknownStatistics, UserError
 from tools.base.rundir import runs_directory
 from tools.base.settings import NO_STREAMED_POLISH
@@ -25,6 +25,7 @@ from tools.measure.texts import list_texts
 from tools.plans.costs import count_profile
 from tools.plans.cuts import Target
 from tools.plans.layer_profile import LayerProfile, predict_layer_kl
+from tools.results.trial import Trial
 
 if TYPE_CHECKING:
     from tools.workbench.bench import Workbench

@@ -11,7 +11,7 @@ from graph.planning.orders import hash_request
 from graph.planning.unmeasured import record_breakage
 from graph.planning.verdict import accepted_trial, judge
 from graph.runs.session import Session, enter, open_bench
-from graph.state import State, Trial
+from graph.state import State
 from tools.base.errors import BrokenPlan, ImpossiblePlan
 from tools.instruments.probed import PastProbe
 from tools.measure.recall import Retention, compare_recall
@@ -19,6 +19,7 @@ from tools.measure.texts import list_texts
 from tools.plans.budget import same_sparsity
 from tools.plans.work_order import WorkOrder
 from tools.results.losses import Evaluation, compare_kl, find_likelihood_better
+from tools.results.trial import Trial
 
 if TYPE_CHECKING:
     from tools.workbench.bench import Workbench

@@ -10,12 +10,13 @@ from graph.config import RunConfig
 from graph.goals.schema import Aim, Brief, NewText
 from graph.planning.plan import Plan
 from graph.reflecting.schema import Experience, Lesson, Note
-from graph.state import Input, State, Trial
+from graph.state import Input, State
 from tools.base.errors import in_one_line
 from tools.instruments.probed import PastProbe
 from tools.plans.groups import Group, GroupRecipe
 from tools.plans.recipe import Adjustment, Recipe
 from tools.results.schema import TextFigures, Usage
+from tools.results.trial import Trial
 
 WORTH_COMPRESSING = 512
 """Bytes from which a part of a checkpoint is compressed."""

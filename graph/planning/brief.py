@@ -29,12 +29,12 @@ from graph.planning.table import TOLD_ZEROS, describe_groups, describe_layers, d
 from graph.planning.texts import describe_bounds, describe_dense, describe_goal, describe_shares, describe_texts
 from graph.reflecting.posterior import WHOLE
 from graph.reflecting.schema import Lesson
-from graph.state import Trial
 from tools.base.names import hide_directories, hide_path
 from tools.base.words import round_seconds, show_short
 from tools.plans.budget import same_sparsity
 from tools.plans.cuts import Parts
 from tools.plans.groups import drop_null
+from tools.results.trial import Trial
 
 MAX_TRIALS = 12
 MAX_LESSONS = 12

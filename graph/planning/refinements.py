@@ -9,13 +9,13 @@ from graph.config import RunConfig
 from graph.planning.orders import describe_plan, group_kl, hash_request
 from graph.planning.plan import Plan
 from graph.planning.situation import Situation
-from graph.state import Trial
 from tools.base.errors import ImpossiblePlan
 from tools.base.settings import QUESTIONS
 from tools.plans.layer_profile import LayerProfile, group_layers
 from tools.plans.methods import METHODS
 from tools.plans.mix import SHORT, Mix, mix_questions
 from tools.plans.recipe import Adjustment, Recipe
+from tools.results.trial import Trial
 
 STRONG = Recipe(method="refit", curves="mask")
 """The strong recipe, with the KL curves that the profile has."""

@@ -25,11 +25,11 @@ from graph.planning.refinements import (
 )
 from graph.planning.situation import Situation
 from graph.reflecting.posterior import WHOLE, weigh_evidence
-from graph.state import Trial
 from tools.base.errors import ImpossiblePlan
 from tools.plans.budget import SAME_SPARSITY, same_sparsity
 from tools.plans.cuts import Cutting
 from tools.plans.recipe import Recipe
+from tools.results.trial import Trial
 
 FIRST_STEP = 2 / 3
 """Share of the target that the first, cheap round prunes, to learn how far the KL curves are off."""

@@ -13,7 +13,7 @@ from graph.planning.orders import Curves, Orders, hash_request, measure_with, re
 from graph.planning.past import take_latest
 from graph.planning.plan import Plan
 from graph.reflecting.schema import Experience, Lesson, Note
-from graph.state import State, Trial, last_accepted
+from graph.state import State, last_accepted
 from tools.instruments.probed import PastProbe
 from tools.plans.budget import SAME_SPARSITY, same_sparsity
 from tools.plans.cuts import Parts
@@ -22,6 +22,7 @@ from tools.plans.recipe import Recipe
 from tools.plans.work_order import WorkOrder
 from tools.results.losses import compare_kl
 from tools.results.schema import Usage
+from tools.results.trial import Trial
 
 if TYPE_CHECKING:
     from graph.runs.session import OpenBench

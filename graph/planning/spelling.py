@@ -4,9 +4,9 @@ import json
 from typing import Any
 
 from graph.planning.plan import Plan
-from graph.state import Trial
 from tools.base.words import spare_brackets
 from tools.plans.recipe import Recipe
+from tools.results.trial import Trial
 
 LEVERS = {"groups", "adjustments", "cut"}
 """What a plan, and its trial, says beside sparsity and recipe."""

@@ -2,8 +2,8 @@
 
 from graph.config import RunConfig
 from graph.llm.quoting import data_block, quote_data
-from graph.state import Trial
 from tools.base.words import show_short
+from tools.results.trial import Trial
 
 
 def describe_shares(config: RunConfig, left: int = 0) -> str:

@@ -6,8 +6,9 @@ from graph.planning.budget import find_lateness
 from graph.planning.orders import describe_plan, hash_request
 from graph.planning.verdict import decide_stop
 from graph.runs.session import Session
-from graph.state import State, Trial
+from graph.state import State
 from tools.plans.work_order import WorkOrder
+from tools.results.trial import Trial
 
 Update = dict[str, Any]
 

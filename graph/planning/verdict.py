@@ -3,9 +3,10 @@
 from graph.config import RunConfig
 from graph.planning.bounds import Verdict
 from graph.planning.rule import name_strongest, tried_strongest
-from graph.state import State, Trial, last_accepted
+from graph.state import State, last_accepted
 from tools.plans.budget import same_sparsity
 from tools.results.losses import Evaluation, compare_kl, find_likelihood_better
+from tools.results.trial import Trial
 
 
 def accepted_trial(state: State) -> Trial:

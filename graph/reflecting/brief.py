@@ -22,13 +22,14 @@ from graph.planning.texts import describe_texts
 from graph.reflecting.notes import check_evidence
 from graph.reflecting.rule import WORD, Evidence
 from graph.reflecting.schema import MAX_LEARNT, MOST, Lesson, Reflection, drop_schema, tell_of_cuts
-from graph.state import Trial, pair_with_kept
+from graph.state import pair_with_kept
 from tools.base.names import hide_directories
 from tools.base.words import show_short
 from tools.plans.budget import same_sparsity
 from tools.plans.groups import describe_group
 from tools.plans.layer_profile import group_layers
 from tools.plans.selectors import select_layers
+from tools.results.trial import Trial
 
 MAX_GROUP_LINES = 60
 """Groups of layers whose share of a trial's predicted KL a reflector is told."""

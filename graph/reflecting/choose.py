@@ -12,8 +12,9 @@ from graph.reflecting.brief import reflect_with_chat
 from graph.reflecting.rule import Evidence, draw_lesson
 from graph.reflecting.schema import Reflection
 from graph.runs.session import Session, open_bench
-from graph.state import State, Trial, last_accepted
+from graph.state import State, last_accepted
 from tools.results.schema import Usage
+from tools.results.trial import Trial
 
 if TYPE_CHECKING:
     from tools.workbench.bench import Workbench

@@ -4,10 +4,10 @@ from typing import Any
 
 from graph.planning.orders import drop_lessons
 from graph.reflecting.schema import Tried
-from graph.state import Trial
 from tools.base.words import shorten
 from tools.plans.budget import same_sparsity
 from tools.plans.recipe import Recipe
+from tools.results.trial import Trial
 
 MOST = 160
 """Characters that name levers."""

@@ -16,13 +16,14 @@ from graph.planning.plan import Plan
 from graph.reflecting.posterior import WHOLE, find_curves, tidy_selector
 from graph.reflecting.regression import find_mover
 from graph.reflecting.schema import MOST, Learnt, Lesson, Note, Reflection
-from graph.state import SIGMAS, Trial
+from graph.state import SIGMAS
 from tools.instruments.probed import PastProbe
 from tools.plans.budget import same_sparsity
 from tools.plans.cuts import Parts
 from tools.plans.groups import name_work
 from tools.plans.layer_profile import LayerProfile, group_layers
 from tools.plans.recipe import Recipe
+from tools.results.trial import Trial
 
 WORD = 0.5
 """A model's lesson weighs at most this much of a measurement without noise."""

@@ -36,7 +36,7 @@ SLACK = 1.2
 HELD = 0.95
 """Share of the memory that is free which a run may need for `auto` to hold the model."""
 
-ALONE = ("continue prompts", "write texts")
+ALONE = ("continue prompts", "write texts", "export")
 """Phases in which workers wait."""
 
 
@@ -259,6 +259,8 @@ def _list_phases(
         "prune": (layer + moment, kept + walked, 0.0),
         "continue prompts": (words, kept, 0.0),
     }
+    if streamed is not None and cpu:
+        found["export"] = (0.0, 0.0, 0.0)
     if course.cut:
         del found["profile, statistics"]
         found["curves and cut"] = (backward + 8 * 3 * widest**2 + moment, kept + 2 * walked, 0.0)
@@ -273,7 +275,8 @@ def _list_phases(
 
     def phase(name: str, buffers: float, beside: float, read: float) -> Phase:
         moved = whole if name == "load" and not cpu and streamed is None else 0  # through CPU memory to the GPU
-        return Phase(name, SLACK * (held + buffers), process + SLACK * (beside + read + resting + moved))
+        written = whole if name == "export" else 0  # the files, whose pages stay in memory while there is room
+        return Phase(name, SLACK * (held + buffers), process + written + SLACK * (beside + read + resting + moved))
 
     if not workers:
         return [phase(name, *sizes) for name, sizes in found.items()], []

@@ -32,11 +32,12 @@ from graph.planning.plan import Plan
 from graph.planning.situation import Situation
 from graph.planning.toolbox import open_toolbox
 from graph.runs.session import Session
-from graph.state import State, Trial
+from graph.state import State
 from tests.situations import ignore
 from tests.tiny import tiny_settings
 from tools.plans.selectors import select_layers
 from tools.results.schema import Usage
+from tools.results.trial import Trial
 from tools.workbench.bench import Workbench
 from tools.workbench.open import use_workbench
 from tools.workbench.store import DENSE

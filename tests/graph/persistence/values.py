@@ -6,11 +6,11 @@ from graph.config import RunConfig
 from graph.goals.schema import Aim, Brief, NewText
 from graph.planning.plan import Plan, PlannedText
 from graph.reflecting.schema import Experience, Lesson, Note
-from graph.state import Trial
 from tools.instruments.probed import PastProbe
 from tools.plans.groups import Group, GroupRecipe
 from tools.plans.recipe import Adjustment, Recipe
 from tools.results.schema import TextFigures, Usage
+from tools.results.trial import Trial
 
 TEXT = TextFigures(name="code", weight=1.0, perplexity=None, kl=0.25, kl_error=0.01, change=-0.5)
 GROUP = Group(selector="*.v_proj", recipe=GroupRecipe(method="wanda", refit=False, damping=0.3, pattern="2:4"))

@@ -41,7 +41,7 @@ from graph.planning.spelling import spell_out_plan, write_plan
 from graph.planning.table import MAX_ROWS, describe_groups, describe_layers
 from graph.planning.toolbox import note_probes
 from graph.reflecting.schema import MAX_NOTES, Experience, Lesson, Note
-from graph.state import State, Trial
+from graph.state import State
 from tests.openai_server import DEFAULT_PLAN, OpenAIServer
 from tests.situations import DENSE, LLAMA_KINDS, draw_layers, make_first_situation
 from tools.instruments.agent_tools import make_planner_tools
@@ -53,6 +53,7 @@ from tools.plans.groups import Group, GroupRecipe, drop_null
 from tools.plans.layer_profile import LayerProfile, group_layers, predict_kl
 from tools.plans.recipe import Adjustment, Recipe
 from tools.plans.selectors import select_layers
+from tools.results.trial import Trial
 
 KEPT = Trial(
     iteration=1,

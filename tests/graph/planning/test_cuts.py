@@ -8,12 +8,12 @@ from graph.planning.orders import describe_plan, hash_request
 from graph.planning.plan import Plan
 from graph.planning.rule import find_relief, plan_by_rule
 from graph.planning.situation import Situation
-from graph.state import Trial
 from tests.parts import make_layers, make_parts
 from tests.situations import make_trial
 from tools.base.errors import ImpossiblePlan
 from tools.plans.cuts import Cutting, Parts
 from tools.plans.recipe import Recipe
+from tools.results.trial import Trial
 
 TARGET = 0.3
 

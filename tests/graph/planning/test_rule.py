@@ -20,11 +20,11 @@ from graph.planning.refinements import (
     change_recipe,
 )
 from graph.planning.rule import LOST_ROUNDS, calibration, find_relief, list_candidates, plan_by_rule
-from graph.state import Trial
 from tests.situations import make_lesson, make_patterned, make_situation, make_trial, try_plan
 from tools.base.errors import ImpossiblePlan
 from tools.plans.mix import mix_questions
 from tools.plans.recipe import Recipe
+from tools.results.trial import Trial
 
 
 def test_the_first_round_is_cheap_and_short_of_the_target() -> None:

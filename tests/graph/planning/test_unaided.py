@@ -23,10 +23,11 @@ from graph.planning.rule import list_candidates, plan_by_rule
 from graph.planning.situation import Situation
 from graph.planning.toolbox import open_toolbox
 from graph.runs.session import Session
-from graph.state import State, Trial
+from graph.state import State
 from tests.openai_server import OpenAIServer
 from tests.situations import make_patterned, make_situation, make_trial
 from tools.results.schema import Usage
+from tools.results.trial import Trial
 
 REACHED = make_trial(1, "accept", 0.45, STRONG)
 

@@ -7,11 +7,12 @@ from graph.nodes.reflect import after_reflect
 from graph.planning.bounds import heed_facts
 from graph.planning.plan import Plan
 from graph.planning.verdict import decide_stop, judge
-from graph.state import State, Trial
+from graph.state import State
 from tests.situations import make_trial
 from tools.measure.recall import Retention
 from tools.plans.recipe import Recipe
 from tools.results.losses import Evaluation
+from tools.results.trial import Trial
 
 CONFIG = RunConfig()
 DENSE = make_trial(0, "accept", 0.0, Recipe(), perplexity=10.0)

@@ -8,9 +8,9 @@ from graph.planning.orders import describe_plan
 from graph.planning.plan import Plan
 from graph.reflecting.levers import name_levers, note_tried
 from graph.reflecting.schema import Tried
-from graph.state import Trial
 from tests.situations import make_trial
 from tools.plans.recipe import Recipe
+from tools.results.trial import Trial
 
 REFIT = Recipe(curves="mask")
 TILT = {"adjustments": [{"selector": "blocks 0-3 · *.v_proj", "action": "factor", "factor": 2}]}

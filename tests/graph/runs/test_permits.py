@@ -12,9 +12,10 @@ from graph import studio
 from graph.config import RunConfig, check_config, read_prompt
 from graph.runs.permits import check_permitted
 from graph.runs.steps import step, step_of_server
-from graph.state import State, Trial
+from graph.state import State
 from tools.base.errors import UserError
 from tools.base.options import CONFIGS, read_yaml
+from tools.results.trial import Trial
 
 EVIL = "openai:x@http://evil.example/v1"
 FAR = "outside of the runs directory and the present one"

@@ -9,7 +9,7 @@ from rich.segment import Segment
 
 from graph.reflecting.schema import Lesson
 from graph.show.display import LiveDisplay, open_display
-from graph.state import Trial
+from tools.results.trial import Trial
 
 KINDS = [f"self_attn.{x}_proj" for x in "qkvo"] + [f"mlp.{x}_proj" for x in ("gate", "up", "down")]
 NASTY = "[red]boo[/red] [/] [link=x]\x1b[31mred\x1b]0;title\x07\x1b[2J\r\nnext\tline\x9b5m\u202e\ud800end"

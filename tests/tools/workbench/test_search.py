@@ -34,7 +34,7 @@ class Searched:
 
     def __init__(self, model: Path, directory: Path) -> None:
         self.model, self.directory = model, directory
-        self.path = directory / "search-wanda-0.45.json"
+        self.path = directory / "search-wanda~dense-0.45.json"
         self.warnings: list[str] = []
         self.found = self.again()
 

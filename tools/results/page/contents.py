@@ -9,7 +9,7 @@ import numpy as np
 from tools.base.words import show, show_seconds, show_size
 from tools.plans.layer_profile import predict_layer_kl
 from tools.results.page.figures import Cell, Prediction
-from tools.results.page.record import Layers, Record, Trial
+from tools.results.page.record import Layers, Record
 from tools.results.schema import CutResult, Knowledge, Score, Summary
 from tools.results.sentences import (
     describe_result,
@@ -17,6 +17,7 @@ from tools.results.sentences import (
     relate_to_wanda,
     tell_spending,
 )
+from tools.results.trial import Trial
 
 OVERVIEW = ("sparsity", "perplexity", "dense", "uniform Wanda", "KL", "trials", "rolled back", "agents' tokens", "cost")
 """Heads of the table of several runs, after the run's name and status."""

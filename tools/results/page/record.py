@@ -1,54 +1,21 @@
 """A run as its directory tells it, finished or not: what `tools.report` shows. No torch in here."""
 
 import json
-import math
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Any, Self
 
-from pydantic import BaseModel, BeforeValidator, Field, FiniteFloat, TypeAdapter, ValidationError, model_validator
+from pydantic import BaseModel, Field, FiniteFloat, TypeAdapter, ValidationError, model_validator
 
 from tools.base.errors import DamagedArtifact, UserError, in_one_line
 from tools.base.files import find_artifact
 from tools.base.made import read_config_values, read_made, read_result
 from tools.base.rundir import check_log, refuse_lost_result, scan_events
 from tools.plans.layer_profile import LayerProfile
-from tools.results.schema import Summary, TextFigures, Usage
+from tools.results.schema import Summary, Usage
+from tools.results.trial import Measured, Trial
 
 MARKS = ("events.jsonl", "config.yaml", "summary.json")
 """A directory with one of these files holds a run."""
-
-
-def _drop_infinite(value: Any) -> Any:
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-Measured = Annotated[float | None, BeforeValidator(_drop_infinite)]
-"""A figure; None where it was not finite, or nothing was measured."""
-
-
-class Trial(BaseModel):
-    """One plan, measured on the validation text; iteration 0 is the dense model."""
-
-    iteration: int
-    checkpoint: str = ""
-    sparsity: FiniteFloat
-    perplexity: Measured
-    kl: Measured
-    kl_error: Measured = None
-    texts: list[TextFigures] = []
-    predicted_kl: FiniteFloat
-    fact_retention: Measured = None
-    fact_error: Measured = None
-    verdict: Literal["accept", "rollback", "refuse"]
-    broken: bool = False
-    reason: str = ""
-    plan: str = ""
-    seconds: FiniteFloat = 0.0
-
-    @property
-    def measured(self) -> bool:
-        """Whether it has figures: nobody refused it, and it did not break while it was carried out."""
-        return self.verdict != "refuse" and not self.broken
 
 
 class Plan(BaseModel):
