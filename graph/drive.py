@@ -140,10 +140,9 @@ def _stream(app: App, work: Work, settings: RunnableConfig, state: State | None)
             from graph.show.live import address, serve
 
             print(f"live page: {address(work.listener)}", flush=True)
-        display = shown.enter_context(open_display(Console(), name=work.name, target=work.config.target_sparsity))
-        if work.listener:
             # a second run is served behind this one, and a server closes its socket
-            display = shown.enter_context(serve(work.directory, work.listener.dup(), display))
+            shown.enter_context(serve(work.directory, work.listener.dup()))
+        display = shown.enter_context(open_display(Console()))
 
         def stop_at_once() -> None:
             # Python would wait for the node's thread, which cannot be stopped. What it writes is written aside, and

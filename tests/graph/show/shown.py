@@ -5,10 +5,9 @@ from collections.abc import Callable
 from typing import Any
 
 from rich.console import Console
-from rich.segment import Segment
 
 from graph.reflecting.schema import Lesson
-from graph.show.display import LiveDisplay, open_display
+from graph.show.display import open_display
 from tools.results.trial import Trial
 
 KINDS = [f"self_attn.{x}_proj" for x in "qkvo"] + [f"mlp.{x}_proj" for x in ("gate", "up", "down")]
@@ -140,7 +139,7 @@ def tick() -> Callable[[], float]:
 def show_plain(*events: dict[str, Any], console: Console | None = None) -> list[str]:
     file = io.StringIO()
     console = console or Console(file=file, width=80)
-    with open_display(console, name="demo", target=0.45, live=False, clock=tick()) as display:
+    with open_display(console, live=False, clock=tick()) as display:
         for event in events:
             display.show(event)
     return file.getvalue().splitlines()
@@ -150,40 +149,9 @@ def make_console(width: int = 80, height: int = 40, color: Any = None) -> Consol
     return Console(file=io.StringIO(), force_terminal=True, width=width, height=height, color_system=color, _environ={})
 
 
-def draw(*events: dict[str, Any], width: int = 80, height: int = 40, last: bool = False) -> list[str]:
-    """The lines of the live picture after some events, without colours."""
-    console = make_console(width, height)
-    display = LiveDisplay(console, "demo", 0.45, lambda: 0.0)
-    for event in events:
-        display.show(event)
-    display.picture.last = last
-    lines = console.render_lines(display.picture, pad=False)
-    return ["".join(segment.text for segment in line).rstrip("\n") for line in lines]
-
-
-def draw_segments(*events: dict[str, Any]) -> list[Segment]:
-    console = make_console(120, 50, "truecolor")
-    display = LiveDisplay(console, "demo", 0.45, lambda: 0.0)
-    for event in events:
-        display.show(event)
-    return [segment for line in console.render_lines(display.picture) for segment in line]
-
-
 def show_live(console: Console, *events: dict[str, Any]) -> str:
-    with open_display(console, name="demo", target=0.45, live=True) as display:
+    with open_display(console, live=True, clock=tick()) as display:
         for event in events:
             display.show(event)
     assert isinstance(console.file, io.StringIO)
     return console.file.getvalue()
-
-
-def render_text(display: LiveDisplay) -> list[str]:
-    lines = display.console.render_lines(display.picture, pad=False)
-    return ["".join(segment.text for segment in line).rstrip() for line in lines]
-
-
-class Terminal(io.StringIO):
-    """A stream that says it is a terminal."""
-
-    def isatty(self) -> bool:
-        return True

@@ -11,7 +11,6 @@ from tests.graph.show.shown import (
     START,
     TAME,
     USAGE,
-    draw,
     make_console,
     make_trial,
     show_live,
@@ -94,6 +93,3 @@ def test_named_texts_are_told_behind_the_kl_of_all() -> None:
     assert dense == "trial 0: the dense model, perplexity 24.50 (code 4.00, prose not finite)"
     told = "; code KL 0.0800 ± 0.0020, perplexity 4.00; prose KL not finite, perplexity not finite, 21.4 s, "
     assert f"(predicted 0.1200){told}" in trial
-    drawn = draw(START, make_trial(0, texts=texts), make_trial(1, texts=texts), width=140)
-    assert any("KL ± error KL code   KL prose  pred." in line for line in drawn), drawn
-    assert not any("KL code" in line for line in draw(START, make_trial(0, texts=texts), width=80))
