@@ -7,7 +7,7 @@ from typing import NamedTuple
 from tools.base.settings import TEXT_FORMS
 from tools.measure.own_tasks import find_own_tasks
 from tools.plans.methods import METHODS
-from tools.plans.registry import Choice, list_choices
+from tools.plans.registry import Named, list_named
 from tools.plans.rules import ALLOCATIONS, WAYS_OF_PARTS
 from tools.texts.sources import SOURCES
 
@@ -21,7 +21,7 @@ class Entry(NamedTuple):
     sentence: str
 
 
-def list_tables() -> dict[str, list[Choice]]:
+def list_tables() -> dict[str, list[Named]]:
     """The entries of every table, by its title."""
     return {
         "METHOD": [*METHODS.values()],
@@ -35,7 +35,7 @@ def list_tables() -> dict[str, list[Choice]]:
 def write_tables(text: str) -> str:
     """The page with each table as its registry has it now."""
     for title, entries in list_tables().items():
-        table = "\n".join(list_choices(title, entries))
+        table = "\n".join(list_named(title, entries))
         text, count = re.subn(rf"^\| {title} \|.*(?:\n\|.*)*", lambda _, new=table: new, text, flags=re.MULTILINE)
         assert count == 1, f"the page has {count} tables of {title}"
     return text

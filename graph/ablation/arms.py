@@ -34,7 +34,7 @@ MOST_DRAWS = 1000
 """Random plans that are drawn at most: of a model whose bounds allow next to none the arm ends all the same."""
 
 
-class Choice(NamedTuple):
+class ArmResult(NamedTuple):
     """What an arm chose."""
 
     checkpoint: str
@@ -83,7 +83,7 @@ class Arm:
         late = self.settings.seconds and time.monotonic() - self.began >= self.settings.seconds
         return bool(late) or self.budget.left < self.budget.trial
 
-    def keep_best(self, plans: Iterator[Plan]) -> Choice:
+    def keep_best(self, plans: Iterator[Plan]) -> ArmResult:
         """Carry plans out while the budget lasts, as many at once as can be measured; the one of least KL.
 
         The first trial is made whatever the clock says. Plans that cannot be met or paid are passed over and counted.
@@ -107,7 +107,7 @@ class Arm:
                 f"tokens ({self.failed} failed, {self.dear} took more than were left); raise --evaluated-tokens or "
                 "--max-layer-sparsity"
             )
-        return Choice(best[1], best[2], self.trials, self.budget.tokens, self.failed, self.dear)
+        return ArmResult(best[1], best[2], self.trials, self.budget.tokens, self.failed, self.dear)
 
     def _make_batches(self, plans: Iterator[Plan]) -> Iterator[list[tuple[str, Plan]]]:
         """(checkpoint, plan) of as many as are measured at once."""
@@ -186,7 +186,7 @@ def plan_at_random(arm: Arm) -> Iterator[Plan]:
         yield draw_plan(layers, arm.config, number)
 
 
-def try_search(arm: Arm) -> Choice:
+def try_search(arm: Arm) -> ArmResult:
     """EvoPress's super-fast search, as long as the tokens allow beside the trial that measures what it found, with the
     weights of the default recipe."""
     recipe, settings = Recipe(allocation="uniform"), arm.settings
@@ -202,7 +202,7 @@ def try_search(arm: Arm) -> Choice:
     checkpoint = arm.bench.pruner.prune(arm.profile, order_allocation(recipe, found.allocation), arm.progress)
     assert found.searched is not None
     label = f"{recipe.mask_label}:evolution, {describe_search(*found.searched[:3], found.tokens)}"
-    return Choice(checkpoint, label, found.searched.measured, found.tokens + arm.budget.trial)
+    return ArmResult(checkpoint, label, found.searched.measured, found.tokens + arm.budget.trial)
 
 
 PLANS: dict[str, Callable[[Arm], Iterator[Plan]]] = {
@@ -213,7 +213,7 @@ PLANS: dict[str, Callable[[Arm], Iterator[Plan]]] = {
 """What arms try, in order."""
 
 
-def choose(row: str, arm: Arm) -> Choice:
+def choose(row: str, arm: Arm) -> ArmResult:
     """What the arm of a row chooses. Raises UserError where nothing can be carried out, and BrokenPlan."""
     if row == "search":
         return try_search(arm)

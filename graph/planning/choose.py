@@ -29,7 +29,7 @@ def weigh_in_bounds(plan: Plan, situation: Situation) -> Plan:
     return situation.orders.weigh(plan)
 
 
-class Choice(NamedTuple):
+class ChosenPlan(NamedTuple):
     """A plan, the tokens spent on agents so far, and who made it."""
 
     plan: Plan | None
@@ -40,19 +40,19 @@ class Choice(NamedTuple):
 
 def choose_plan(
     situation: Situation, usage: Usage, session: Session, caps: RunConfig, toolbox: Toolbox | None = None
-) -> Choice:
+) -> ChosenPlan:
     """The planner's plan, or its fallback's, where it failed or had better be relieved.
 
     Raises AgentError without a fallback, and CapReached when the agents have spent what `caps` allows.
     """
     config = situation.config
     if config.planner == HEURISTIC:
-        return Choice(plan_by_rule(situation), usage, HEURISTIC)
+        return ChosenPlan(plan_by_rule(situation), usage, HEURISTIC)
     if config.planner_fallback == HEURISTIC and (reason := find_relief(situation)):
         relief = plan_by_rule(situation)
         if relief is not None:
             session.emit("note", text=f"{reason}: the rule plans this round")
-            return Choice(relief, usage, HEURISTIC)
+            return ChosenPlan(relief, usage, HEURISTIC)
     account = Account("planner", session, usage, config, caps, situation.iteration)
 
     def check(candidate: Plan) -> None:
@@ -86,9 +86,9 @@ def choose_plan(
     except AgentError as error:
         if config.planner_unaided and isinstance(error, DeadEnd):
             session.warn(f"{error}; nobody plans in its stead")
-            return Choice(None, account.usage, config.planner)
+            return ChosenPlan(None, account.usage, config.planner)
         if config.planner_fallback == "none":
             raise
         session.warn(f"{error}; the fallback planner ({config.planner_fallback}) plans this round")
-        return Choice(plan_by_rule(situation), account.usage, HEURISTIC)
-    return Choice(plan, account.usage, config.planner)
+        return ChosenPlan(plan_by_rule(situation), account.usage, HEURISTIC)
+    return ChosenPlan(plan, account.usage, config.planner)

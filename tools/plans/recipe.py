@@ -22,7 +22,7 @@ from tools.plans.methods import (
 )
 from tools.plans.mix import MARKS, SHORT, Mix, label_mix, parse_mix
 from tools.plans.pattern import PatternText, parse_pattern
-from tools.plans.registry import describe_choices
+from tools.plans.registry import describe_named
 from tools.plans.rules import RULES, UNIFORM, RuleName
 from tools.plans.selectors import MOST_SELECTOR
 
@@ -42,7 +42,7 @@ class Recipe(BaseModel):
 
     method: MethodName = Field(  # any is carried out; a schema names those that planners have a use for
         "refit",
-        description=describe_choices(LEVERS.values()),
+        description=describe_named(LEVERS.values()),
         json_schema_extra={"enum": [*LEVERS]},
     )
     refit_steps: int = Field(
@@ -58,7 +58,7 @@ class Recipe(BaseModel):
         "a round's time and usually wins much.",
     )
     allocation: RuleName = Field(
-        "kappa", description=f"{describe_choices(RULES.values())} Sharing out takes no time, only curves do."
+        "kappa", description=f"{describe_named(RULES.values())} Sharing out takes no time, only curves do."
     )
     strength: float = Field(
         1.0, ge=0, le=1, description="1 follows the allocation, 0 is uniform, between is linear; costs nothing."

@@ -33,7 +33,7 @@ from tools.surgery.parts import KINDS, Cut, Fit, Part, check_alike, find_parts
 from tools.surgery.rebuild import accepts, build_cut, check_buildable
 
 
-class Choice(NamedTuple):
+class ChosenCut(NamedTuple):
     """What goes of a model."""
 
     cut: Cut
@@ -53,7 +53,7 @@ def choose_cut(
     refit: bool = True,
     lead: int = 0,
     align: int = ALIGN,
-) -> Choice:
+) -> ChosenCut:
     """The cut of these kinds of parts that takes `remove` of the weights of the blocks' linear layers away.
 
     Without `refit` what stays has its dense weights. The first `lead` tokens of each window are no text: they count in
@@ -69,17 +69,17 @@ def choose_cut(
         words += (
             "" if fits or not refit else "; nothing was refitted, as no MLP before them adds to what the blocks pass on"
         )
-        return Choice(Cut(candidates[0], fits, tuple(sorted(order))), words, tokens)
+        return ChosenCut(Cut(candidates[0], fits, tuple(sorted(order))), words, tokens)
     cuts = choose_channels(model, candidates, windows_BT, step, refit=refit)
     words = _describe_counts(model, kinds, candidates[0], align)
     if len(cuts) == 1:
-        return Choice(cuts[0], words, 0)
+        return ChosenCut(cuts[0], words, 0)
     costs = [measure_kl(model, build_cut(model, cut), windows_BT, lead=lead) for cut in cuts]
     best = costs.index(min(costs))
     compared = ", ".join(f"{c.heads} ({cost:.3f})" for c, cost in zip(candidates, costs, strict=True))
     words = _describe_counts(model, kinds, candidates[best], align)
     words += f"; the number of groups that cost the least KL on calibration text, of {compared}"
-    return Choice(cuts[best], words, len(cuts) * search_windows(windows_BT, lead)[:, lead:].numel())
+    return ChosenCut(cuts[best], words, len(cuts) * search_windows(windows_BT, lead)[:, lead:].numel())
 
 
 def _describe_counts(model: Any, kinds: tuple[str, ...], counts: Counts, align: int) -> str:

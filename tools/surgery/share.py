@@ -22,7 +22,7 @@ from tools.measure.losses import KeptStates
 from tools.models.layers import find_blocks
 from tools.plans.cuts import Counts, Shape, Target, Units, find_most, list_by_blocks
 from tools.surgery.blocks import Drop, drop_blocks, fold_blocks
-from tools.surgery.choose import Choice, list_options, measure_kl
+from tools.surgery.choose import ChosenCut, list_options, measure_kl
 from tools.surgery.curves import Curves, measure_curves
 from tools.surgery.moments import search_windows
 from tools.surgery.parts import KINDS, Cut, Fit, Part, convert_size, count_weights, find_parts
@@ -99,7 +99,7 @@ def choose_by_curves(
     refit: bool = True,
     lead: int = 0,
     align: int = ALIGN,
-) -> Choice:
+) -> ChosenCut:
     """The cut of neurons, groups of heads and blocks that takes `remove` of the blocks' linear weights away.
 
     As many blocks go as `search_lowest` finds, by the cut models' KL on the first SEARCH_TOKENS of calibration text.
@@ -135,7 +135,9 @@ def choose_by_curves(
     best = search_lowest([blocks for blocks, counts in enumerate(every) if counts], predict, measure)
     text = search_windows(windows_BT, lead)[:, lead:].numel()
     tokens = sum(drop.tokens for drop in drops) + len(tried) * text
-    return Choice(tried[best][1], _explain(shape, tried[best][1], [tried[blocks] for blocks in sorted(tried)]), tokens)
+    return ChosenCut(
+        tried[best][1], _explain(shape, tried[best][1], [tried[blocks] for blocks in sorted(tried)]), tokens
+    )
 
 
 def search_lowest(

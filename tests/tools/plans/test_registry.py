@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 from tools.plans.methods import LEVERS, METHODS
 from tools.plans.recipe import Recipe
-from tools.plans.registry import describe_choices, list_choices
+from tools.plans.registry import describe_named, list_named
 from tools.plans.rules import RULES
 
 
@@ -19,8 +19,8 @@ CHOICES = Made("a", "|W| * a"), Made("b", "the same"), Made("c", "the same"), Ma
 
 
 def test_neighbours_that_do_the_same_are_told_of_together() -> None:
-    assert describe_choices(CHOICES) == "a: |W| * a. b, c: the same. d: other."
-    assert list_choices("CHOICE", CHOICES) == [
+    assert describe_named(CHOICES) == "a: |W| * a. b, c: the same. d: other."
+    assert list_named("CHOICE", CHOICES) == [
         *("| CHOICE | |", "|---|---|", r"| `a` | \|W\| \* a |", "| `b`, `c` | the same |", "| `d` | other |")
     ]
 
@@ -29,7 +29,7 @@ def test_planners_are_told_of_every_rule_and_of_the_methods_that_are_levers() ->
     schema = Recipe.model_json_schema()["properties"]
     for field, registry in (("method", LEVERS), ("allocation", RULES)):
         assert schema[field]["enum"] == list(registry)
-        assert schema[field]["description"].startswith(describe_choices(registry.values()))
+        assert schema[field]["description"].startswith(describe_named(registry.values()))
 
 
 def test_opponents_are_no_levers_but_can_be_asked_for() -> None:
