@@ -18,7 +18,6 @@ from graph.ablation import graph_arms
 from tests.end_to_end.helpers import TINY, at_home, end_forks, fork, read_run_config, read_summary
 from tests.named import WEIGHTS, flag_texts
 from tests.openai_server import OpenAIServer
-from tests.paths import IMPORTS
 
 SMALL = TINY[: TINY.index("--patience")]
 """What of these flags is about the model's texts."""
@@ -136,18 +135,3 @@ def test_a_goal_stands_among_the_options_of_the_ablation(tmp_path: Path, capsys:
         "error: --max-evaluated-tokens holds for every arm; give what is meant by it before the lone --\n"
         "error: --target-sparsity holds for every arm; give what is meant by it before the lone --\n"
     )
-
-
-def test_a_run_that_stops_is_named_and_can_be_gone_on_with(
-    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """In a process of its own."""
-    monkeypatch.setenv("PYTHONPATH", IMPORTS)
-    flags = [*SMALL, "--model", str(tiny_llama), "--seeds", "0", "--evaluated-tokens", "200"]
-    with at_home(tmp_path), OpenAIServer(PLANS) as server:
-        chat = ["--arms", "chat-alone", "--planner", server.planner("unauthorized")]
-        assert main([*flags, *chat]) == 2
-        said = capsys.readouterr().err
-        assert said.startswith("error: chat-alone, seed 0: ") and "HTTP 401" in said
-        assert said.endswith("the same command goes on from there\n")
-        assert main([*flags, *chat]) == 2, "and it is gone on with, to the same end"

@@ -209,7 +209,7 @@ def test_no_plan_is_shared_out_twice_in_a_round(
     assert len(set(shared)) == len(shared)
 
 
-def test_a_real_terminal_shows_the_picture_around_the_question(flags: list[str], run: Path, tmp_path: Path) -> None:
+def test_a_real_terminal_shows_lines_around_the_question(flags: list[str], run: Path, tmp_path: Path) -> None:
     terminal, theirs = pty.openpty()
     process = subprocess.Popen(
         [sys.executable, "-W", "error", "-m", "graph.run", *flags],
@@ -234,5 +234,5 @@ def test_a_real_terminal_shows_the_picture_around_the_question(flags: list[str],
     os.close(terminal)
     assert process.wait(10) == 0, shown.decode(errors="replace")
     text = shown.decode()
-    assert "Billhook run" in text and "Traceback" not in text
+    assert "plan 1 by heuristic" in text and "Traceback" not in text
     assert read_state(run).trials[0].sparsity == pytest.approx(0.2, abs=5e-4)

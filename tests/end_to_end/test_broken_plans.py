@@ -123,7 +123,7 @@ def test_what_cannot_be_measured_is_rolled_back(
     done = command(*flags, *asked, "--max-iterations", "2")
     assert (done.code, done.err) == (0, "")
     broke, other = read_state(run).trials
-    what = "measuring on the validation text" if broken == "validation" else "asking questions"
+    what = "measuring the losses" if broken == "validation" else "asking questions"
     assert (broke.broken, broke.reason) == (True, f"{what}: out of memory (no room)")
     assert other.measured and read_summary(run)["achieved_sparsity"] > 0
     assert nodes(run)[1:6] == ["plan", "prune", "validate", "rollback", "reflect"]

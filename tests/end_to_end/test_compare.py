@@ -1,10 +1,6 @@
 """`python -m tools.compare` as a person runs it."""
 
 import json
-import os
-import signal
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,7 +9,7 @@ import pytest
 import yaml
 
 from graph.config import RunConfig
-from tests.end_to_end.helpers import TINY, Outcome, at_home, let_go, python_environment, wait_for
+from tests.end_to_end.helpers import TINY, Outcome, at_home, let_go
 from tools import compare
 from tools.plans.jobs import ALL_ALLOCATIONS, ALL_METHODS
 from tools.workbench.evaluate import Evaluator
@@ -168,33 +164,3 @@ def test_every_method_with_every_allocation(tiny_llama: Path, tmp_path: Path, co
     }
     assert len(rows) == len(ALL_METHODS) * len(ALL_ALLOCATIONS)
     assert {row["achieved_sparsity"] for row in rows} == {round(0.45 * 15_360) / 15_360}
-
-
-@pytest.mark.slow
-@pytest.mark.usefixtures("no_plot")
-def test_a_real_process_is_stopped_by_ctrl_c_and_goes_on(tiny_llama: Path, tmp_path: Path, command: Command) -> None:
-    recipes = [f"{method}:{allocation}" for method in ALL_METHODS[:3] for allocation in ("uniform", "kappa")]
-    flags = ("--model", str(tiny_llama), *FLAGS, "--recipes", ",".join(recipes), "--out")
-    process = subprocess.Popen(
-        [sys.executable, "-W", "error", "-m", "tools.compare", *flags, "stopped"],
-        cwd=tmp_path,
-        env=python_environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    try:
-        file = tmp_path / "stopped" / "compare.json"
-        wait_for(lambda: file.is_file() and len(read_rows(file.parent)) >= 2, seconds=300)
-        os.kill(process.pid, signal.SIGINT)
-        _, said = process.communicate(timeout=300)
-    finally:
-        process.kill()
-    assert process.returncode == 1 and said.startswith("stopped; ")
-    before = read_rows(file.parent)
-    assert 2 <= len(before) < len(recipes)
-    for out in ("stopped", "whole"):
-        done = command(*flags, out)
-        assert (done.err, done.code) == ("", 0)
-    assert read_rows(file.parent)[: len(before)] == before
-    assert lasting(read_rows(file.parent)) == lasting(read_rows(tmp_path / "whole"))

@@ -3,7 +3,6 @@
 import json
 import re
 import socket
-import subprocess
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,16 +10,14 @@ from typing import Any, NamedTuple
 
 import httpx
 import pytest
-import torch
 from langgraph_sdk import get_sync_client
 from langgraph_sdk.client import SyncLangGraphClient
-from safetensors.torch import load_file
 
 from graph import run, studio
 from graph.config import RunConfig, read_prompt
 from graph.doors import FOREIGN_HOST, FOREIGN_ORIGIN, NO_SUCH_PAGE, STUDIO
 from tests.chromium import COMMAND
-from tests.end_to_end.helpers import fingerprint, read_events, run_outside, wait_for
+from tests.end_to_end.helpers import fingerprint, read_events, wait_for
 from tests.foreign_page import visit_with_pages
 from tests.tiny import save_tiny_model, tiny_settings
 from tools.base.options import CONFIGS, read_yaml
@@ -281,46 +278,6 @@ def test_a_plan_is_edited_and_accepted_in_studio(served: Served) -> None:
     assert json.loads((runs / "approved" / "summary.json").read_text())["iterations"] == 2
 
 
-def test_a_cut_is_edited_kept_forked_and_rolled_back_in_studio(served: Served) -> None:
-    runs, client = served.runs, served.client
-    thread = client.threads.create()["thread_id"]
-    config = tiny_config(served.model) | {"target_size": 0.75, "align": 1, "approve": "plans", "max_iterations": 1}
-    client.runs.wait(thread, "billhook", input={"run": "small"}, context=config)
-    state = client.threads.get_state(thread)
-    (asked,) = [interrupt["value"] for task in state["tasks"] for interrupt in task["interrupts"]]
-    assert asked["plan"]["cut"]["heads"] is None and state["values"]["parts"]
-    edited = asked["plan"] | {"cut": asked["plan"]["cut"] | {"heads": 1}}
-    client.runs.wait(thread, "billhook", context=config, command={"resume": {"decision": "edit", "plan": edited}})
-    client.runs.wait(thread, "billhook", context=config, command={"resume": {"decision": "accept"}})
-    (trial,) = client.threads.get_state(thread)["values"]["trials"]
-    assert trial["verdict"] == "accept" and trial["plan"].endswith(" cut · heads 1")
-    before = fingerprint(runs / "small")
-    summary = json.loads((runs / "small" / "summary.json").read_text())
-    assert (summary["status"], summary["cut"]["heads"]) == ("finished", 1)
-
-    history = client.threads.get_history(thread, limit=100)
-    judged = next(state for state in history if state["next"] == ["validate"])
-    strict = client.threads.update_state(
-        thread, {"config": state["values"]["config"] | {"tau": 1e-9}}, checkpoint=judged["checkpoint"], as_node="prune"
-    )
-    out = client.runs.wait(thread, "billhook", input=None, checkpoint=strict["checkpoint"])
-    assert [trial["verdict"] for trial in out["trials"]] == ["rollback"]
-    forked = runs / out["run"]
-    (undone, *_) = read_events(forked, "rollback")
-    assert undone["checkpoint"] == "dense" and undone["layers"] > 0
-    dense, kept = (load_file(place / "model.safetensors") for place in (served.model, forked / "model"))
-    assert kept.keys() == dense.keys() and all(torch.equal(kept[name], dense[name]) for name in dense)
-    assert fingerprint(runs / "small") == before
-
-
-def test_a_recorded_run_is_replayed_with_its_own_config(served: Served) -> None:
-    thread = served.client.threads.create()["thread_id"]
-    out = served.client.runs.wait(thread, "billhook", input={"run": "replayed", "replay": "cli"})
-    assert out["config"]["max_iterations"] == 2
-    assert json.loads((served.runs / "replayed" / "summary.json").read_text())["mask_sha256"] == served.mask_sha256
-    assert not read_events(served.runs / "replayed", "parting")
-
-
 def test_a_run_that_waits_in_the_terminal_is_answered_in_studio(
     served: Served, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -353,23 +310,6 @@ def test_a_cancelled_run_stops_and_the_next_one_has_the_model(served: Served) ->
     assert state["next"] and state["values"]["iteration"] < 200
     client.runs.wait(thread, "billhook", input=None, interrupt_before=["reflect"])
     assert len(log.read_bytes()) > len(silent), "it can be taken up again"
-
-
-def test_the_command_line_goes_on_with_a_run_that_studio_finished_or_cancelled(served: Served) -> None:
-    runs, client = served.runs, served.client
-    thread, log = client.threads.create()["thread_id"], runs / "handed" / "events.jsonl"
-    config = tiny_config(served.model)
-    started = client.runs.create(thread, "billhook", input={"run": "handed"}, context=config)
-    wait_for(lambda: log.is_file() and '"node": "validate"' in log.read_text())
-    client.runs.cancel(thread, started["run_id"], wait=True)
-
-    def resume() -> subprocess.CompletedProcess[str] | None:  # the server's thread may not have left its node yet
-        done = run_outside(runs.parent, "--resume", "handed", "--runs-dir", str(runs))
-        return None if "another process is working" in done.stderr else done
-
-    outcome = wait_for(resume, 120)
-    assert outcome.returncode == 0, outcome.stderr
-    assert json.loads((runs / "handed" / "summary.json").read_text())["mask_sha256"] == served.mask_sha256
 
 
 def test_a_run_started_in_studio_lands_in_a_run_directory(served: Served) -> None:

@@ -4,24 +4,20 @@ import asyncio
 import itertools
 import os
 import signal
-import socket
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from langgraph_sdk import get_sync_client
 
-from graph import persistence, studio
+from graph import persistence
 from graph.persistence import postgres
 from tests.end_to_end.conftest import Command
 from tests.end_to_end.helpers import (
     Halt,
     assert_same_weights,
     fork,
-    python_environment,
     read_events,
     read_run_config,
     read_state,
@@ -243,40 +239,3 @@ from graph import persistence
 with persistence.open_saver(Path("x")) as saver, persistence.open_store(Path("x")) as store:
     store.put(("notes",), sys.argv[1], {"x": 1})
 """
-
-
-def test_processes_make_the_tables_at_once(url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    environment = python_environment(BILLHOOK_STATE=url)
-    others = [
-        subprocess.Popen([sys.executable, "-c", MAKE, name], cwd=tmp_path, env=environment, stderr=subprocess.PIPE)
-        for name in "abc"
-    ]
-    for process in others:
-        _, errors = process.communicate(timeout=120)
-        assert (process.returncode, errors) == (0, b"")
-    monkeypatch.setenv(persistence.STATE_VARIABLE, url)
-    with persistence.open_store(tmp_path) as store:
-        assert sorted(item.key for item in store.search(("notes",))) == ["a", "b", "c"]
-
-
-@pytest.mark.slow
-def test_studio_serves_the_database(
-    flags: list[str], url: str, tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    assert command(*flags, "--state", url).code == 0
-    monkeypatch.setenv(persistence.STATE_VARIABLE, url)
-    with socket.socket() as free:
-        free.bind((studio.HOST, 0))
-        port = free.getsockname()[1]
-    runs = tmp_path / "runs"
-    with studio.serve(port, runs):
-        thread = studio.register_runs(port, runs)["run"]
-        with get_sync_client(url=f"http://{studio.HOST}:{port}", api_key=None) as client:
-            history = client.threads.get_history(thread, limit=100)
-            assert [trial["iteration"] for trial in history[0]["values"]["trials"]] == [1, 2, 3]
-            old = next(state for state in history if state["next"] == ["prune"] and state["values"]["iteration"] == 3)
-            forked = client.runs.wait(thread, "billhook", input=None, checkpoint=old["checkpoint"])
-            assert forked["run"].startswith("run-fork-")
-            assert client.store.search_items(("lessons",))["items"]
-    assert not list(tmp_path.rglob("*.sqlite"))
-    assert "pl0ugh" not in (runs / "studio.log").read_text()

@@ -29,7 +29,7 @@ from tests.end_to_end.helpers import (
 )
 from tests.openai_server import OpenAIServer
 from tools.base.files import write_json
-from tools.base.rundir import rewrite_log
+from tools.base.rundir import LAST, rewrite_log
 
 PLANS: list[dict[str, Any]] = [
     {"sparsity": 0.3, "reason": "a step", "recipe": {"method": "wanda", "refit": False, "allocation": "alphapruning"}},
@@ -91,7 +91,7 @@ def copied(recorded: Recorded, tmp_path: Path) -> Path:
     """The record in a runs directory of this test's own: nothing but what a replay needs."""
     run = tmp_path / "runs" / "run"
     run.mkdir(parents=True)
-    for name in ("config.yaml", "run.json", "events.jsonl"):
+    for name in ("config.yaml", "run.json", "events.jsonl", LAST):
         shutil.copy(recorded.run / name, run / name)
     return run
 

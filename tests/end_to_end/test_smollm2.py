@@ -14,12 +14,12 @@ from tests.paths import ROOT
 
 FLAGS = (
     *("--config", str(ROOT / "configs" / "quickstart.yaml"), "--name", "smol", "--device", "cpu"),
-    *("--window", "128", "--calibration-windows", "8", "--gradient-windows", "2"),
-    *("--validation-windows", "4", "--test-windows", "24", "--max-iterations", "1"),
+    *("--window", "128", "--calibration-windows", "4", "--gradient-windows", "1"),
+    *("--validation-windows", "2", "--test-windows", "8", "--max-iterations", "1"),
 )
 
-DENSE_PERPLEXITY = 22.391
-"""Of the dense model on the 3,072 test tokens of `FLAGS`, measured once: Python 3.11.7, torch 2.13.0, x86-64.
+DENSE_PERPLEXITY = 25.166
+"""Of the dense model on the 1,024 test tokens of `FLAGS`, measured once: Python 3.11.7, torch 2.13.0, x86-64.
 
 Other processors and versions of torch stay well within 0.5 %. Other Pythons bring another text.
 """

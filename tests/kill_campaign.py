@@ -13,6 +13,7 @@ import random
 import re
 import shutil
 import signal
+import sys
 import tempfile
 import time
 from dataclasses import dataclass
@@ -26,14 +27,6 @@ ROUNDS = ("--max-iterations", "4", "--patience", "4", "--validation-windows", "6
 CHANGING = ("seconds", "peak_memory_bytes", "workers")
 """What a summary may say otherwise of the same run."""
 KILLS_OF_ONE_RUN = (1, 1, 2)
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of the command."""
-    parser.add_argument("--times", type=int, default=100, metavar="N", help="kills; each is followed by a resume")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--workers", type=int, default=20, metavar="N", help="every Nth run has two workers; 0: none")
-    parser.set_defaults(work=lambda options: run_campaign(options.times, options.seed, options.workers))
 
 
 @dataclass(frozen=True)
@@ -178,3 +171,17 @@ def answer(body: Body) -> Answer:
         return {"lessons": [], "note": {"text": f"Round {round_} was measured.", "trials": [round_]}}
     turn, answers = int(asked[1]) % len(DEMO_PLANS), sum(message["role"] == "assistant" for message in messages)
     return [*DEMO_CALLS[turn - 1], DEMO_PLANS[turn - 1]][min(answers, len(DEMO_CALLS[turn - 1]))]
+
+
+def main() -> int:
+    """The command."""
+    parser = argparse.ArgumentParser(prog="python -m tests.kill_campaign", description=__doc__)
+    parser.add_argument("--times", type=int, default=100, metavar="N", help="kills; each is followed by a resume")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--workers", type=int, default=20, metavar="N", help="every Nth run has two workers; 0: none")
+    options = parser.parse_args()
+    return run_campaign(options.times, options.seed, options.workers)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
