@@ -13,7 +13,6 @@ from tools.plans.recipe import Recipe
 LAYERS = make_layers()
 EVEN = {layer.name: 0.45 for layer in LAYERS}
 GROUP = "blocks 4-5 · mlp.down_proj"
-IN_GROUP = [layer for layer in LAYERS if layer.block >= 4 and layer.kind == "mlp.down_proj"]
 
 
 def tilt(amount: float) -> dict[str, float]:

@@ -3,9 +3,6 @@
 from types import SimpleNamespace
 from typing import Any
 
-import pytest
-
-import tools.team.frozen
 from tools.team.connection import Connection
 
 
@@ -27,11 +24,6 @@ def make_connection() -> Connection:
         wait=lambda answers, num_returns, **_: (answers[-num_returns:], answers[:-num_returns]),
     )
     return Connection(ray)
-
-
-def read_values(monkeypatch: pytest.MonkeyPatch) -> None:
-    """From now on a kept value is its own reference."""
-    monkeypatch.setattr(tools.team.frozen, "import_ray", lambda: SimpleNamespace(get=_give))
 
 
 def _give(value: Any) -> Any:

@@ -38,7 +38,6 @@ from tools.base import rundir
 from tools.workbench import open as workbench
 from tools.workbench.evaluate import Evaluator
 from tools.workbench.layer_pruning import LayerPruner
-from tools.workbench.prune import Pruner
 
 
 @contextmanager
@@ -128,30 +127,6 @@ def trials_of(run: Path) -> list[dict[str, Any]]:
     last = {event["iteration"]: event for event in read_events(run, "trial") if event["iteration"]}
     names = ("iteration", "checkpoint", "perplexity", "kl", "verdict")
     return [{name: event[name] for name in names} | event for event in last.values()]
-
-
-def test_a_fork_that_is_killed_at_its_beginning_is_resumed_by_its_name(
-    flags: list[str], tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    assert command(*flags).code == 0
-    run = tmp_path / "runs" / "run"
-    before = fingerprint(run)
-    with opened(run) as (app, settings), monkeypatch.context() as patch:
-        edited = fork_before(app, settings, "prune", 2, {"plan": Plan(sparsity=0.4)}, "plan")
-        patch.setattr(Pruner, "prune", lambda *_: 1 / 0)
-        with pytest.raises(ZeroDivisionError):
-            app.invoke(None, edited, context=read_run_config(run), durability="sync")
-    let_go()
-    (forked,) = forks(run)
-    (forked / "events.jsonl").unlink()
-    assert fork(tmp_path, "--resume", forked.name, halt=Halt("", "graph.runs.forks:_read_past")).finish().code < 0
-    halt = Halt("prune", "tools.workbench.layer_pruning:LayerPruner.compute", 2)
-    assert fork(tmp_path, "--resume", forked.name, halt=halt).finish().code == -signal.SIGKILL
-    assert command("--resume", forked.name).code == 0
-    assert forks(run) == [forked]
-    assert trials_of(forked)[1]["sparsity"] == pytest.approx(0.4, abs=5e-4)
-    assert len(read_events(forked, "fork")) == 1
-    assert fingerprint(run) == before
 
 
 def test_an_edit_of_the_present_state_is_no_fork(

@@ -229,13 +229,3 @@ def test_missing_packages_are_named(flags: list[str], command: Command, monkeypa
         2,
         "error: the packages for PostgreSQL are not installed; install them with: pip install -e '.[postgres]'\n",
     )
-
-
-MAKE = """
-import sys
-from pathlib import Path
-from graph import persistence
-
-with persistence.open_saver(Path("x")) as saver, persistence.open_store(Path("x")) as store:
-    store.put(("notes",), sys.argv[1], {"x": 1})
-"""

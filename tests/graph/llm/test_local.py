@@ -1,9 +1,7 @@
 """A model in this process: whatever it is, it answers with JSON that fits the schema, and says what it cost."""
 
-import gc
 import json
 import sys
-import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -232,17 +230,6 @@ def test_a_seed_changes_what_is_drawn(tmp_path: Path) -> None:
     spec = save_model(tmp_path)
     answers = {reply(open_tiny(spec, agent_temperature=1.5, seed=seed), Everything).text for seed in range(3)}
     assert len(answers) == 3
-
-
-def test_a_model_is_loaded_once_and_let_go_of(tmp_path: Path) -> None:
-    spec = save_model(tmp_path)
-    model = open_tiny(spec)
-    assert open_tiny(spec, agent_temperature=1.0)._loaded is model._loaded
-    kept = weakref.ref(model._loaded.model)
-    close_local()
-    del model
-    gc.collect()
-    assert kept() is None
 
 
 def test_no_more_than_two_models_stay_loaded(tmp_path: Path) -> None:

@@ -3,13 +3,11 @@
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 from pydantic import ValidationError
 
 from graph.config import RunConfig
-from graph.llm import failures
 from graph.llm.ask import CallRecord, ask
 from graph.llm.ladder import AgentError
 from graph.llm.models import check_model, open_model
@@ -254,20 +252,3 @@ def test_an_answer_that_a_provider_cut_off_is_handed_back() -> None:
 
 
 # What an endpoint says
-
-
-@pytest.mark.parametrize(
-    ("body", "words"),
-    [
-        ({"message": "no such model"}, "no such model"),  # OpenAI
-        ({"type": "error", "error": {"type": "overloaded_error", "message": "busy"}}, "busy"),  # Anthropic
-        ({"detail": "Server is pinned to 'a'; requested 'b'."}, "Server is pinned to 'a'; requested 'b'."),  # FastAPI
-        ("plain words", "plain words"),
-        ({"error": {}}, "no reason given"),
-        (None, "no reason given"),
-    ],
-)
-def test_the_words_of_an_endpoint_are_found(body: Any, words: str) -> None:
-    error = RuntimeError("as the SDK says it")
-    error.body = body  # type: ignore[attr-defined]
-    assert failures._endpoint_words(error) == words

@@ -21,7 +21,6 @@ EVIL = "openai:x@http://evil.example/v1"
 FAR = "outside of the runs directory and the present one"
 NO_ADDRESS = "an address that no config names"
 CODE = "trust_remote_code is refused on a server: what runs code of a hub is started with python -m graph.run"
-NO_PROMPT = "files are read as prompts at the command line alone; give the text itself"
 FACTS = "file:/etc/facts.jsonl"
 
 

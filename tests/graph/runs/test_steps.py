@@ -6,7 +6,6 @@ import pytest
 
 from graph.runs import steps
 from graph.runs.steps import Keeper
-from tests.end_to_end.helpers import wait_for
 
 
 @pytest.fixture
@@ -15,21 +14,6 @@ def let_go_of(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     times: list[str] = []
     monkeypatch.setattr(steps, "let_go", lambda: times.append(threading.current_thread().name))
     return times
-
-
-def test_the_model_is_kept_until_the_next_node_begins(let_go_of: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(steps, "IDLE_SECONDS", 0.05)
-    keeper = Keeper()
-    keeper.begin()
-    keeper.end(keep=True)
-    wait = keeper._timer
-    assert wait is not None
-    keeper.begin()
-    wait.join()
-    assert let_go_of == [], "a node is at work"
-    keeper.end(keep=True)
-    wait_for(lambda: let_go_of)
-    assert let_go_of != [threading.current_thread().name], "nobody has to ask for it"
 
 
 def test_it_is_let_go_of_at_once_when_no_node_is_to_follow(let_go_of: list[str]) -> None:

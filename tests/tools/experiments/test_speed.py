@@ -1,9 +1,5 @@
 """How benchmarks take turns, and what of them is timed."""
 
-import itertools
-
-import pytest
-
 from tools.base.settings import TeamSettings
 from tools.experiments.speed import BenchSettings, Site, Task
 
@@ -19,12 +15,6 @@ def test_tasks_take_turns_and_the_first_round_warms_up(site: Site) -> None:
     site.settings.round_seconds = 0
     assert [len(taken) for taken in site.time(*tasks)] == [1, 1]
     assert seen == ["a", "before b", "b"]
-
-
-def test_only_the_task_itself_is_timed(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
-    ticks = itertools.count()
-    monkeypatch.setattr(site, "_now", lambda: next(ticks))
-    assert site.time(Task(lambda: next(ticks), lambda: [next(ticks) for _ in range(5)])) == [[2.0, 2.0]]
 
 
 def test_defaults_are_smaller_but_fields_are_the_runs_own() -> None:

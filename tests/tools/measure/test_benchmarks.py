@@ -1,9 +1,7 @@
 """Which tasks can be asked, and what is refused before any model is."""
 
-import functools
 import importlib.util
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,9 +10,7 @@ from tests.tasks import settings_of
 from tests.tiny import tiny_settings
 from tools.base.errors import UserError
 from tools.base.settings import TaskSettings
-from tools.measure import benchmarks
 from tools.measure.benchmarks import load_benchmarks, refuse_shared_questions
-from tools.measure.tasks.mmlu import find_templates
 
 
 @pytest.mark.parametrize(
@@ -34,33 +30,6 @@ def test_what_cannot_be_asked_is_told_in_a_line(data: Path, changes: dict[str, A
     with pytest.raises(UserError) as told:
         load_benchmarks(settings_of(data, **{"tasks": "freebaseqa", **changes}), "fp32")
     assert error in str(told.value) and "\n" not in str(told.value)
-
-
-def test_unknown_tasks_are_refused_with_the_nearest_name(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from lm_eval.tasks import TaskManager
-
-    # Reading all the harness' files takes it ten seconds; those of one directory will do.
-    few = functools.partial(TaskManager, include_path=str(find_templates()), include_defaults=False)
-    monkeypatch.setattr(benchmarks, "_index_tasks", few)
-    with pytest.raises(UserError, match=r"task 'mmlu_anatomi' is not one of .*; did you mean mmlu_anatomy\?"):
-        load_benchmarks(settings_of(data, "mmlu_anatomi"), "fp32")
-    with pytest.raises(UserError, match=r"task 'freebasqa' is not one of .*; did you mean freebaseqa\?"):
-        load_benchmarks(settings_of(data, "freebasqa,mmlu"), "fp32")
-    with pytest.raises(UserError, match="task mmlu_anatomy could not be loaded: "):  # no hub is reachable
-        load_benchmarks(settings_of(data, "mmlu_anatomy"), "fp32")
-
-
-def test_a_task_that_is_asked_twice_is_refused(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def load(name: str, _settings: TaskSettings) -> tuple[Any, Any]:
-        names = ["arc_easy", "arc_challenge"] if name == "ai2_arc" else [name]
-        config = SimpleNamespace(num_fewshot=0)
-        return [SimpleNamespace(task_name=leaf, config=config, VERSION=1) for leaf in names], "hub"
-
-    monkeypatch.setattr(benchmarks, "_refuse_unknown_tasks", lambda names: None)
-    monkeypatch.setattr(benchmarks, "_load_task", load)
-    assert len(load_benchmarks(settings_of(data, "ai2_arc,boolq"), "fp32")) == 2
-    with pytest.raises(UserError, match="task arc_easy is asked by ai2_arc and by arc_easy; leave one"):
-        load_benchmarks(settings_of(data, "ai2_arc,arc_easy"), "fp32")
 
 
 def test_questions_that_plans_are_judged_by_or_may_be_fitted_to_are_not_asked(data: Path) -> None:

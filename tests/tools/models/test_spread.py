@@ -230,15 +230,6 @@ def test_a_model_is_loaded_to_where_its_blocks_go(
     assert not any(parameter.requires_grad for parameter in model.parameters())
 
 
-def test_a_model_that_does_not_fit_is_refused_before_its_weights_are_read(
-    tiny_llama: Path, two_gpus: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(sources, "_measure_gpus", lambda: {0: 1000, 1: 1000})
-    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", pytest.fail)
-    with pytest.raises(UserError, match=r"^the model's 0\.0 GB do not fit the GPUs"):
-        load_model(tiny_settings(tiny_llama, device="spread"))
-
-
 def test_no_gpu_no_spread(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(UserError, match=r"^device spread was asked for, but torch sees no GPU; use --device cpu$"):

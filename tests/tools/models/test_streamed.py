@@ -1,7 +1,6 @@
 """A model of which a block is held at a time: the same bits as one that is held whole, in the memory of a block."""
 
 import gc
-import json
 import os
 import re
 import signal
@@ -14,7 +13,6 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file
 
 import tools.models.streamed
 from tests.tiny import (
@@ -214,26 +212,6 @@ def test_who_comes_while_a_file_is_converted_waits(tmp_path: Path, monkeypatch: 
     assert (found[0].parent / "made.txt").read_text() == "once\n"
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-def test_a_gguf_file_is_converted_piece_by_piece(dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    settings = tiny_settings(save_tiny_gguf(tmp_path / "tiny.gguf"), dtype=dtype)
-    whole, _ = load_model(settings)
-    largest = 4 * whole.get_input_embeddings().weight.numel()
-    monkeypatch.setattr(tools.models.streamed, "SHARD", largest)
-    (tmp_path / "made").mkdir()
-    sources._convert(settings, tmp_path / "made")
-    files = sorted((tmp_path / "made").glob("*.safetensors"))
-    assert len(files) > 2 and max(file.stat().st_size for file in files) < 3 * largest
-    weights = whole.state_dict()
-    read = {name: tensor for file in files for name, tensor in load_file(file).items()}
-    assert weights.keys() - read.keys() <= {"lm_head.weight"}, "which is tied"
-    assert all(
-        torch.equal(weights[name], tensor) and weights[name].dtype == tensor.dtype for name, tensor in read.items()
-    )
-    config = json.loads((tmp_path / "made" / "config.json").read_text())
-    assert config["architectures"] == ["LlamaForCausalLM"] and "quantization_config" not in config
-
-
 def test_auto_streams_what_does_not_fit(tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = tiny_settings(tiny_llama, device="auto")
     assert choose_device(settings) is settings
@@ -312,34 +290,6 @@ def test_of_a_gpu_embeddings_and_head_take_memory_only_while_the_head_runs(
     assert [weight.data_ptr() for weight in (*apart, head.weight)] == places
     for name, weight in whole.state_dict().items():
         assert torch.equal(streamed.state_dict()[name], weight), name
-
-
-def test_of_a_gpu_the_last_block_and_the_head_come_once_for_all_gradients(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(tools.models.streamed, "has_own_memory", lambda device: True)
-    streamed, _ = load_model(tiny_settings(save(tmp_path / "model", "llama"), device="stream"), tmp_path)
-    stream, blocks = find_stream(streamed), Blocks(streamed)
-    assert stream is not None
-    last, ids_T, x_BTD = len(blocks) - 1, IDS_BT[0], blocks.embed(IDS_BT[0])
-    blocks.run(ids_T, 0, x_BTD)
-    come: list[int] = []
-    read_ahead = stream._read_ahead
-    monkeypatch.setattr(stream, "_read_ahead", lambda block: (come.append(block), read_ahead(block)))
-    for _window in range(3):
-        with torch.enable_grad():
-            states_BTD = blocks.run_to_head(ids_T, last, x_BTD.clone().requires_grad_())
-        with torch.no_grad():
-            streamed.get_output_embeddings()(states_BTD)
-    assert come == [last, last + 1]
-    blocks.run(ids_T, 0, x_BTD)
-    assert list(stream._copied) == [0], "whatever comes next takes the place of both"
-    come.clear()
-    with torch.no_grad():
-        for _window in range(2):
-            streamed(input_ids=IDS_BT)
-            assert list(stream._copied) == [last + 1], "nor is both held where no graph does"
-    assert come == [*range(1, last + 2), *range(last + 2)], "block 0 was there"
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU")

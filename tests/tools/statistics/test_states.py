@@ -27,16 +27,6 @@ def test_bits_come_back_last_first(tmp_path: Path, dtype: torch.dtype) -> None:
             assert x.dtype == dtype and torch.equal(x.view(torch.uint8), y.view(torch.uint8))
 
 
-def test_room_is_given_back_and_used_again(tmp_path: Path) -> None:
-    stack = StateStack(tmp_path)
-    stack.push([torch.zeros(4)])
-    stack.push([torch.ones(4)])
-    assert torch.equal(stack.pop()[0], torch.ones(4))
-    stack.push([torch.full((2,), 7.0)])
-    assert torch.equal(stack.pop()[0], torch.full((2,), 7.0)) and torch.equal(stack.pop()[0], torch.zeros(4))
-    assert stack._file.seek(0, 2) == 0
-
-
 def test_a_part_of_a_larger_tensor(tmp_path: Path) -> None:
     whole = torch.arange(12.0).view(3, 4)
     stack = StateStack(tmp_path)

@@ -10,7 +10,6 @@ import torch
 from tests.tiny import BLOCKS, VOCABULARY, make_tiny_model
 from tools.models.blocks import Blocks
 from tools.models.layers import find_layers
-from tools.statistics.gradients import Pair
 from tools.statistics.shards import Span
 from tools.statistics.walk import Walk
 from tools.statistics.walks import Walks
@@ -63,19 +62,6 @@ def test_gradients_and_curves_of_a_lower_block_need_no_earlier_request(architect
     assert same(begin(0, architecture).mask_curves(span, WALK, 1, known), curves[0])
 
 
-def test_spans_do_not_disturb_one_another_and_nothing_is_held_at_the_end() -> None:
-    walked = begin()
-    left = walked.gradients((0, 4), WALK, 0)
-    right = walked.gradients((4, 8), WALK, 0)
-    assert same(left, begin().gradients((0, 4), WALK, 0)) and same(right, begin().gradients((4, 8), WALK, 0))
-    other = walked.moments((0, 4), OTHER, 1, True, "moments")
-    walked.finish(WALK)
-    assert list(walked._ways._held) == [(OTHER.number, (0, 4))]
-    assert same(other[0], begin().moments((0, 4), WALK, 1, True, "moments")[0])
-    walked.finish(OTHER)
-    assert walked._ways._held == {}
-
-
 def test_a_walk_goes_on_where_it_was_once_another_has_passed() -> None:
     walked, embedded = begin(), []
     embed = walked.blocks.embed
@@ -89,30 +75,6 @@ def test_a_walk_goes_on_where_it_was_once_another_has_passed() -> None:
     assert same(fresh.moments((0, 8), WALK, 0, True, "moments")[0], first)
     assert same(fresh.moments((0, 8), WALK, 1, True, "moments")[0], second)
     assert same(begin().gradients((0, 8), WALK, 0), between)
-
-
-def test_what_flowed_back_may_lie_elsewhere_until_it_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As of a model that is streamed to a GPU: one layer's at a time is brought back."""
-    walked, moved = begin(), list[tuple[str, int]]()
-    move, span = Pair.move, (0, 8)
-
-    def record(pair: Pair, device: torch.device | str) -> Pair:
-        moved.append((str(device), pair.x_TI.shape[1]))
-        return move(pair, device)
-
-    known = {
-        layer.name: (torch.empty(0), torch.ones(layer.weight_OI.shape[1]), torch.ones(len(layer.weight_OI)))
-        for layer in find_layers(walked.blocks.model)
-    }
-    expected = walked.gradients(span, WALK, 1), walked.mask_curves(span, WALK, 1, known)
-    away = begin()
-    away._away = True
-    monkeypatch.setattr(Pair, "move", record)
-    found = away.gradients(span, WALK, 1), away.mask_curves(span, WALK, 1, known)
-    assert all(same(*pair) for pair in zip(found, expected, strict=True))
-    layers = [layer for layer in find_layers(walked.blocks.model) if layer.block == 1]
-    assert len(moved) == 3 * GRADIENT * len(layers), "put away once, brought back for each of two sums"
-    assert [inputs for _, inputs in moved[-GRADIENT:]] == [layers[-1].weight_OI.shape[1]] * GRADIENT
 
 
 def test_blocks_that_change_before_the_text_passes_them() -> None:

@@ -7,26 +7,17 @@ import os
 import signal
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
-import torch
 
-from tests.fake_ray import RayActorError, make_connection, read_values
 from tests.tiny import tiny_settings
 from tools.base.progress import ignore_progress as ignore
 from tools.base.settings import TEAM, TeamSettings
 from tools.experiments.speed import BenchSettings, Site, bench_workers
-from tools.models.artifacts import pack_pruned, unpack_pruned
 from tools.plans.allocate import allocate
 from tools.plans.recipe import parse_recipe
 from tools.plans.work_order import order_allocation
-from tools.team.carrier import Carrier
-from tools.team.cluster import Cluster
-from tools.team.frozen import thaw
-from tools.team.places import Place, Places
-from tools.team.requests import Install
 from tools.workbench.bench import Workbench
 from tools.workbench.open import close_workbench, use_workbench
 from tools.workbench.store import DENSE
@@ -139,86 +130,3 @@ def listening(processes: list[int]) -> list[ipaddress.IPv4Address | ipaddress.IP
             address = ipaddress.ip_address(words)
             found.append(getattr(address, "ipv4_mapped", None) or address)
     return found
-
-
-# --- weights of a job's own --------------------------------------------------------------------------------------
-
-
-class Weigh(NamedTuple):
-    """A job."""
-
-    def run(self, worker: Any) -> dict[str, float]:
-        """What its worker's layers are."""
-        return dict(worker)
-
-
-class Weighed:
-    """An actor whose layers are one number each, all 1 when it was loaded."""
-
-    def __init__(self, fault: str = "") -> None:
-        self.layers, self.fault, self.call = {"a": 1.0, "b": 1.0}, fault, SimpleNamespace(remote=self.run)
-        self.weights = ""
-
-    def run(self, request: Any, _: None) -> Any:
-        request = thaw(request)
-        if not isinstance(request, Install):
-            weights, layers = self.weights, dict(self.layers)
-            return lambda: self.answer(request, weights, layers)  # stands for a reference
-        if self.fault == "has no room":
-            return self.lack_memory
-        for name, kept in request.weights.items():
-            stored = kept.fetch()
-            dense_OI = torch.zeros(2, 2) if stored.dense_OI is None else stored.dense_OI.fetch()
-            self.layers[name] = float(unpack_pruned(stored.tensors, dense_OI, torch.device("cpu"))[0, 0])
-        self.weights = request.name
-        return lambda: (self.weights, None)
-
-    def lack_memory(self) -> None:
-        raise MemoryError("no room for layer a")
-
-    def answer(self, request: Any, weights: str, layers: dict[str, float]) -> Any:
-        if self.fault == "dies":
-            raise RayActorError
-        return weights, request.run(layers)
-
-
-@pytest.mark.parametrize("fault", ["", "dies", "has no room"])
-def test_each_job_has_its_own_weights_and_layers_travel_once(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where weights could not be put in, and nobody said so, the answers would be those of others."""
-    jobs = [{"a": "2", "b": "1"}, {"a": "2", "b": "3"}, {"a": "0", "b": "3"}, {"a": "1", "b": "1"}]
-    read: list[str] = []
-    problems: list[str] = []
-
-    def read_artifact(name: str, artifact: str) -> dict[str, torch.Tensor]:
-        """0 is kept as a mask alone."""
-        read.append(name + artifact)
-        return pack_pruned(torch.full((2, 2), float(artifact)), values=artifact != "0")
-
-    def replace(place: Any, problem: str) -> None:
-        problems.append(problem)
-        place.actor, place.installed = Weighed(), {}
-
-    read_values(monkeypatch)
-    source = SimpleNamespace(
-        installed={"a": "1", "b": "1"},
-        dense={"a": torch.ones(2, 2), "b": torch.ones(2, 2)},
-        read_artifact=read_artifact,
-        mark_blocks=lambda weights: sorted(weights.items()),
-    )
-    made = Cluster.__new__(Cluster)
-    made._connection = make_connection()
-    made._ray, made._carrier = made._connection.ray, Carrier(made._connection.ray, source)  # type: ignore[arg-type]
-    source.installed = {"a": "5", "b": "1"}
-    places = [Place(0, Weighed(), None), Place(1, Weighed(fault), None)]
-    explain = Places.explain_weights.__get__(SimpleNamespace(_connection=made._connection))
-    made._places = SimpleNamespace(  # type: ignore[assignment]
-        used=places, replace=replace, stand_in=lambda place: place, explain_weights=explain
-    )
-    answers = dict(made.hand_out([Weigh()] * 4, jobs))
-    assert answers == {i: {name: float(artifact) for name, artifact in job.items()} for i, job in enumerate(jobs)}
-    assert sorted(set(read)) == ["a0", "a2", "b3"]
-    assert fault or len(read) == 3
-    told = {"dies": ["died"], "has no room": ["has not the weights that it was sent (no room for layer a)"], "": []}
-    assert problems == told[fault]
-    assert list(made.hand_out([Weigh()])) == [(0, {"a": 5.0, "b": 1.0})]
-    assert made._carrier._stored.keys() == {("a", "5")} and made._carrier._dense.keys() == {"a", "b"}

@@ -1,7 +1,5 @@
 """Workers that stream their models, each from a file of its own: the bits of one process that holds it whole."""
 
-import tempfile
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -10,15 +8,13 @@ import pytest
 import tools.team.cluster
 from tests.benches import open_bench
 from tests.fake_ray import make_connection
-from tests.team import join_team, make_team
+from tests.team import join_team
 from tests.tiny import tiny_settings
 from tests.tools.team.test_cluster import settings, work
 from tools.base.settings import TeamSettings
 from tools.models.load import load_model
-from tools.models.streamed import Stream, find_stream
-from tools.team.actor import Actor
+from tools.models.streamed import find_stream
 from tools.team.cluster import Cluster
-from tools.team.frozen import freeze
 from tools.team.worker import Texts
 from tools.workbench.bench import Workbench
 from tools.workbench.open import close_workbench
@@ -43,40 +39,6 @@ def test_they_come_to_the_bits_of_one_process_that_holds_the_model(
     places = [parameter.data_ptr() for model in models for parameter in model.parameters()]
     assert len(set(places)) == len(places), "each has weights of its own"
     assert work(bench, polish=0) == alone
-
-
-def test_a_worker_s_share_of_a_text_reads_the_weights_once(
-    streamed: Workbench, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    worker, copied, copy = make_team(streamed).workers[0], Counter[int](), Stream._copy
-
-    def count(self: Stream, block: int, parameters: Any) -> Any:
-        copied[block] += block not in self._copied
-        return copy(self, block, parameters)
-
-    monkeypatch.setattr(Stream, "_copy", count)
-    hidden = worker.losses("validation", [0, 1, 2], None, keeps_hidden=True).hidden_BTD
-    assert copied == dict.fromkeys(range(len(worker.blocks)), 1)
-    assert hidden is not None and len(hidden) == 3
-
-
-def test_an_actor_puts_its_weights_where_it_is_told_or_into_the_temporary_directory(
-    streamed: Workbench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    seen: list[Path] = []
-
-    def load(settings: Any, scratch: Path) -> Any:
-        seen.append(scratch)
-        return load_model(settings, scratch)
-
-    monkeypatch.setattr("tools.team.actor.load_model", load)
-    texts = freeze(Texts(streamed.windows, streamed.questions))
-    for scratch in (tmp_path / "own", None):
-        actor = Actor()
-        actor.open(streamed.settings, texts, 1, scratch)
-        assert find_stream(actor._worker.model) and actor._worker.walks.scratch == seen[-1]
-    assert seen == [tmp_path / "own", Path(tempfile.gettempdir())]
-    assert list((tmp_path / "own").iterdir()) == [], "the file has no name"
 
 
 @pytest.mark.parametrize(("workers", "reached"), [("2", True), ("ray://head:1", False)])

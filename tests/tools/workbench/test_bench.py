@@ -8,13 +8,11 @@ from typing import Any
 import pytest
 from transformers.models.llama.modeling_llama import LlamaModel
 
-from tests.benches import WANDA, ignore, open_bench, prune
+from tests.benches import open_bench
 from tests.tiny import save_tiny_model, tiny_settings
 from tools.base.errors import UserError
-from tools.models.layers import Layer
 from tools.workbench.bench import Workbench
 from tools.workbench.open import close_workbench
-from tools.workbench.store import DENSE
 
 
 def test_memory_is_counted(bench: Workbench) -> None:
@@ -94,21 +92,3 @@ def test_a_disk_too_small_is_refused_at_once(
         UserError, match=r"^the disk is full: a run of this model may write 0.0 GB to .*/run, but 0.0 GB"
     ):
         open_bench(tiny_settings(tiny_llama), tmp_path / "run")
-
-
-def test_zeros_are_counted_once_for_what_was_put_in(bench: Workbench, monkeypatch: pytest.MonkeyPatch) -> None:
-    profile = bench.profile(ignore)
-    half, third = (prune(bench, profile, sparsity, WANDA) for sparsity in (0.5, 0.3))
-    counted: list[int] = []
-    taken = Layer._take
-    monkeypatch.setattr(Layer, "_take", lambda self: counted.append(1) or taken(self))
-    every = len(bench.weights.layers)
-    for checkpoint, expected in ((third, every), (half, every), (DENSE, 0), (half, 0)):
-        bench.pruner.restore(checkpoint)
-        counted.clear()
-        zeros, weights = bench.weights.count_zeros()
-        shares = bench.weights.sparsities()
-        assert len(counted) == expected
-        now = [(layer.weight_OI == 0).sum().item() for layer in bench.weights.layers]
-        assert zeros == sum(now) and weights == sum(layer.weight_OI.numel() for layer in bench.weights.layers)
-        assert shares == [some / layer.weight_OI.numel() for some, layer in zip(now, bench.weights.layers, strict=True)]

@@ -7,11 +7,9 @@ from typing import Any
 import pytest
 
 import tools.workbench.losses
-from tests.benches import MASK, REFIT, artifact_path, damage, ignore, plan, prune, same, snapshot
+from tests.benches import MASK, REFIT, artifact_path, damage, ignore, prune, same, snapshot
 from tests.team import join_team
 from tools.measure.losses import PrefixCache
-from tools.plans.recipe import Adjustment
-from tools.plans.work_order import order_allocation
 from tools.workbench.bench import Workbench
 from tools.workbench.losses import Losses, MeasuredText
 from tools.workbench.store import DENSE
@@ -42,30 +40,6 @@ def test_a_damaged_evaluation_is_named_and_measured_again(bench: Workbench, warn
         path.write_bytes(content)
         assert bench.evaluator.evaluate(DENSE, "validation", profile, ignore) == first
         assert warnings.pop() == f"{path} is damaged, or of other text; validation is measured again"
-
-
-def test_validation_starts_at_the_first_changed_block_with_the_same_bits(
-    bench: Workbench, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    profile = bench.profile(ignore)
-    bench.losses.prefix.kept = range(1, 2)
-    bench.evaluator.evaluate(DENSE, "validation", profile, ignore)
-    starts: list[int] = []
-    find = PrefixCache.find_start
-    monkeypatch.setattr(PrefixCache, "find_start", lambda *args: starts.append(find(*args)) or starts[-1])
-    protect = Adjustment(selector="blocks 0", action="protect")
-    checkpoint = bench.pruner.prune(profile, order_allocation(MASK, plan(bench, profile, 0.3, MASK, protect)), ignore)
-    evaluation = bench.evaluator.evaluate(checkpoint, "validation", profile, ignore)
-    other = prune(bench, profile, 0.3, MASK)
-    bench.evaluator.evaluate(other, "validation", profile, ignore)
-    shutil.rmtree(bench.directory / "evaluations")
-    assert bench.evaluator.evaluate(other, "validation", profile, ignore) == bench.evaluator.evaluate(
-        other, "validation", profile, ignore
-    )
-    assert starts == [1, 0, 1]
-    bench.losses.prefix._marks.clear()
-    shutil.rmtree(bench.directory / "evaluations")
-    assert bench.evaluator.evaluate(checkpoint, "validation", profile, ignore) == evaluation
 
 
 def test_block_inputs_are_kept_within_their_memory(bench: Workbench) -> None:

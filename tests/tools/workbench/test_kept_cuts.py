@@ -20,7 +20,6 @@ from tools.plans.recipe import Recipe
 from tools.plans.work_order import WorkOrder, order_all
 from tools.surgery.share import find_target
 from tools.workbench.bench import Workbench
-from tools.workbench.cuts import Cuts
 from tools.workbench.open import close_workbench
 
 BLOCKS = 4
@@ -198,40 +197,3 @@ def test_whoever_stops_a_cut_waits_for_no_block(reopen: Callable[[str], Workbenc
     assert told[-1] == ("fold and fit", 2)
     event.clear()
     assert bench.pruner.prune(profile, order(bench, parts, ()), ignore)
-
-
-def test_a_cut_that_is_killed_behind_its_fits_makes_the_last_of_them_again(
-    reopen: Callable[[str], Workbench], monkeypatch: pytest.MonkeyPatch, workbench_closed: None
-) -> None:
-    bench = reopen("whole")
-    parts, profile = measure(bench), bench.profiles.make_bare(ignore)
-    expected = bench.pruner.prune(profile, order(bench, parts, (1,)), ignore)
-    bench = reopen("killed")
-    measure(bench)
-    with monkeypatch.context() as patch:
-        patch.setattr(Cuts, "_index_layers", kill)
-        with pytest.raises(Killed):
-            bench.pruner.prune(profile, order(bench, parts, (1,)), ignore)
-    told, bench = list[int](), reopen("killed")
-    again = bench.pruner.prune(profile, order(bench, parts, (1,)), lambda step, done, _of: told.append(done))
-    assert again == expected and min(told) == BLOCKS - 1
-
-
-def test_a_cut_of_which_a_layer_is_damaged_is_fitted_from_the_first_block(
-    reopen: Callable[[str], Workbench], workbench_closed: None
-) -> None:
-    bench = reopen("whole")
-    parts, profile = measure(bench), bench.profiles.make_bare(ignore)
-    expected, made = bench.pruner.prune(profile, order(bench, parts, ()), ignore), snapshot(bench)
-    bench = reopen("killed")
-    measure(bench)
-    with pytest.raises(Killed):
-        bench.pruner.prune(profile, order(bench, parts, ()), die_at("fold and fit", 2))
-    damage(bench.store.path(bench.weights.installed["model.layers.1.mlp.down_proj"], ".safetensors"))
-    bench, told = reopen("killed"), list[str]()
-    bench.weights._warn = told.append
-    steps = list[str]()
-    again = bench.pruner.prune(profile, order(bench, parts, ()), lambda step, done, _of: steps.append(f"{step} {done}"))
-    assert again == expected
-    assert "fold and fit 0" in steps and len(told) == 1 and "is computed again" in told[0]
-    assert same(snapshot(bench), made)

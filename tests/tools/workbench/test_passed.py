@@ -120,32 +120,6 @@ def count_collected(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return collected
 
 
-def test_those_of_a_block_are_collected_once_by_whoever_needs_them(
-    kept: Workbench, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    small = open_small(kept.settings, kept, 3)
-    collected, profile = count_collected(monkeypatch), small.profile(ignore)
-    prune(small, profile, 0.5, MASK)
-    assert collected == [], "no second moments are asked for"
-    checkpoint = prune(small, profile, 0.5)
-    assert collected == [0, 1, 2, 3]
-    assert small.profiles._shared is None, "the file that it lay in would stay on disk"
-    assert prune(small, profile, 0.5) == checkpoint
-    small.pruner.restore(DENSE)
-    small.pruner.restore(checkpoint)
-    assert collected == [0, 1, 2, 3], "layers are read back"
-    order = order_allocation(REFIT, plan(small, profile, 0.5))
-    layers = dict(order.layers)
-    for layer in small.weights.layers:
-        if layer.block == 2:
-            layers[layer.name] = layers[layer.name].model_copy(update={"zeros": layers[layer.name].zeros - 1})
-    small.pruner.prune(profile, order.model_copy(update={"layers": layers}), ignore)
-    assert collected == [0, 1, 2, 3, 2], "of blocks with layers that are known the text passes the dense weights"
-    small.curves.describe_layers(profile, parse_recipe("refit:kappa"), ignore)
-    assert collected == [0, 1, 2, 3, 2, 1, 2, 3, 0], "on the way down as many as there is room for"
-    assert small.weights.installed == dict.fromkeys(small.weights.by_name, DENSE)
-
-
 def test_mixtures_are_the_same_sums(deep_llama: Path, tmp_path: Path, workbench_closed: None) -> None:
     labels = ("refit:kappa", "refit~0.75code~0.25prose:kappa", "refit~1prose:kappa-mask")
     settings = tiny_settings(deep_llama, **name_texts(tmp_path, text_weights={}), gradient_windows=4)

@@ -15,7 +15,6 @@ import tools.polish.survivors
 from tests.benches import (
     REFIT,
     WANDA,
-    artifact_path,
     damage,
     ignore,
     open_bench,
@@ -25,7 +24,7 @@ from tests.benches import (
 )
 from tests.team import gather_teams
 from tests.tiny import save_tiny_model, tiny_settings
-from tools.base.errors import DamagedArtifact, ImpossiblePlan
+from tools.base.errors import ImpossiblePlan
 from tools.base.progress import Stopped, stop_at
 from tools.plans.allocate import allocate
 from tools.plans.mix import mix_questions
@@ -145,34 +144,6 @@ def test_what_never_gets_better_stays_as_it_was(bench: Workbench, monkeypatch: p
         f"the polish on {TOKENS} tokens never brought the KL on the windows held out below the {told.before:.4f} "
         "nats/token from before it; the weights from before it are kept"
     ]
-
-
-def test_polished_once_then_read_back_and_made_again_where_it_is_damaged(
-    bench: Workbench, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    profile = bench.profile(ignore)
-    checkpoint = bench.pruner.prune(profile, order(bench, profile), ignore)
-    bits, warnings, runs = snapshot(bench), [], []
-    run = tools.polish.loop.Polish.run
-    monkeypatch.setattr(tools.polish.loop.Polish, "run", lambda polish: runs.append(polish) or run(polish))
-    assert bench.pruner.prune(profile, order(bench, profile), ignore) == checkpoint and runs == []
-    bench.warn = warnings.append
-    bench.pruner.restore(DENSE)
-    path = artifact_path(bench, checkpoint, bench.weights.layers[3].name)
-    damage(path)
-    bench.pruner.restore(checkpoint)
-    assert same(snapshot(bench), bits) and len(runs) == 1 and path.is_file()
-    assert warnings == [w for w in warnings if w.endswith(f"layer {bench.weights.layers[3].name} is computed again")]
-    bench.pruner.restore(DENSE)
-    bench.pruner.forget([])  # nothing of it is on disk any more
-    bench.pruner.restore(checkpoint)
-    assert same(snapshot(bench), bits) and len(runs) == 2
-    monkeypatch.setattr(tools.polish.optimisers, "RATE", 6e-3)
-    bench.pruner.restore(DENSE)
-    bench.pruner.forget([])
-    bench.index._path.unlink()
-    with pytest.raises(DamagedArtifact, match=r"is damaged and does not come out the same again$"):
-        bench.pruner.restore(checkpoint)
 
 
 def test_stopped_in_a_pass_and_gone_on_with_by_another_process_is_the_same(bench: Workbench) -> None:

@@ -1,7 +1,6 @@
 """Texts that the dense model writes itself: kept, read back, gone on with, and thrown away where they are loops."""
 
 import copy
-import re
 from pathlib import Path
 from threading import Event
 from typing import Any
@@ -64,17 +63,6 @@ def test_every_split_is_written_once_and_then_read(
     close_workbench()
     count = len(drawn)
     assert same(open_bench(settings, tmp_path / "run").windows, written) and len(drawn) == count
-
-
-def test_model_seed_cut_split_and_length_decide_and_nothing_else(tmp_path: Path) -> None:
-    first = make_author(tmp_path / "a")("test", [], 64)
-    assert make_author(tmp_path / "b")("test", [], 64) == first
-    others = [make_author(tmp_path / "b", **change) for change in ({"seed": 1}, {"text_cut": 1})]
-    texts = [first, *(other("test", [], 64) for other in others), make_author(tmp_path / "b")("validation", [], 64)]
-    other = make_author(tmp_path / "b")
-    other._model = make_tiny_model("llama", seed=1)
-    texts += [make_author(tmp_path / "b")("test", [], 65), other("test", [], 64)]
-    assert len({tuple(text[:8]) for text in texts}) == 6
 
 
 def test_windows_begin_as_those_of_other_texts_do(
@@ -195,14 +183,3 @@ def test_workers_see_the_windows_that_were_written(
     bench = open_bench(tiny_settings(tiny_llama, **ALL, workers="2"), tmp_path / "run")
     assert all(same(worker.texts.windows, bench.windows) for worker in teams[0].workers)
     assert {seed for *_, seed in drawn} and len({seed for *_, seed in drawn}) == len(drawn), "they write nothing anew"
-
-
-def test_progress_counts_tokens(tmp_path: Path) -> None:
-    told: list[tuple[str, int, int]] = []
-    author = make_author(tmp_path)
-    author._progress = lambda *told_now: told.append(told_now)  # type: ignore[func-returns-value]
-    author("calibration", [], 128)
-    assert told[0] == ("write calibration", 0, 128) and told[-1] == ("write calibration", 128, 128)
-    assert [done for _, done, _ in told[1:4]] == [0, 2, 4]
-    assert sum(done == 128 for _, done, _ in told) == 1
-    assert all(re.fullmatch(r"write calibration · [\d,]+ tokens/s", label) for label, *_ in told[2:-1])
