@@ -9,8 +9,7 @@ from pydantic import BaseModel, Field, ValidationInfo, field_validator, model_va
 from pydantic.config import JsonDict
 
 from tools.base.errors import ImpossiblePlan
-from tools.base.named import read_weights
-from tools.base.names import path_of
+from tools.base.named import path_of, read_weights
 from tools.base.options import READS_FILES, check_options, read_options
 from tools.base.settings import (
     NO_STREAMED_POLISH,

@@ -22,16 +22,15 @@ from graph.llm.ladder import AgentError
 from graph.llm.local import close_local
 from graph.persistence import StateLost, explain_damaged_state, explain_lost_state, open_saver, open_store
 from graph.persistence.sqlite import database
-from graph.runs.forks import name_directory, read_last_node
-from graph.runs.work import Work
+from graph.runs.directory import Work
+from graph.runs.steps import name_directory, read_last_node
 from graph.show.display import Display, open_display
 from graph.show.words import tell
 from graph.state import Input, State, UnreadableState
 from tools.base.errors import BrokenBaseline, BrokenPlan, DamagedArtifact, DiskFull, UserError
 from tools.base.files import explain_full_disk
-from tools.base.made import advise, check_model
 from tools.base.progress import Stopped, stop_at
-from tools.base.rundir import append_event, unlock_run
+from tools.base.rundir import advise, append_event, check_model, unlock_run
 from tools.base.secrets import redact
 from tools.models.hub import NotPushed, push_model
 from tools.workbench.open import close_workbench

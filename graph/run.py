@@ -21,8 +21,8 @@ from graph.checks import check_target
 from graph.config import RunConfig, read_config
 from graph.drive import drive
 from graph.persistence import STATE_VARIABLE, state_url
+from graph.runs.directory import Work, resume, start, start_replay
 from graph.runs.listing import list_runs
-from graph.runs.work import Work, resume, start, start_replay
 from tools.base.console import print_line
 from tools.base.errors import UserError
 from tools.base.options import CONFIGS, Parser, add_flags, parse_flags, refuse

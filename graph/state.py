@@ -10,7 +10,7 @@ from graph.config import RunConfig
 from graph.goals.schema import Brief, NewText
 from graph.planning.plan import Plan
 from graph.reflecting.schema import Experience, Lesson, Note
-from tools.base.names import RUN_NAME
+from tools.base.named import RUN_NAME
 from tools.base.options import describe_problem
 from tools.base.settings import KEPT
 from tools.instruments.probed import PastProbe

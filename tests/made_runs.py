@@ -13,8 +13,7 @@ from graph.reflecting.schema import Lesson
 from graph.runs.directory import write_config
 from tests.profiles import make_profile
 from tools.base.files import write_json
-from tools.base.made import FORMAT
-from tools.base.rundir import append_event
+from tools.base.rundir import FORMAT, append_event
 from tools.plans.layer_profile import LayerProfile
 from tools.results.schema import CutResult, Perplexities, Protocol, Reach, Summary
 from tools.results.trial import Trial

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from tools.base.settings import TEXT_FORMS
-from tools.measure.own_tasks import find_own_tasks
+from tools.measure.benchmarks import find_own_tasks
 from tools.plans.methods import METHODS
 from tools.plans.registry import Named, list_named
 from tools.plans.rules import ALLOCATIONS, WAYS_OF_PARTS

@@ -13,9 +13,8 @@ from rich.console import Console
 from tools.base.console import UNWRITTEN, carry_out, print_line
 from tools.base.errors import UserError
 from tools.base.files import explain_full_disk, explain_unwritable
-from tools.base.made import read_config_values
 from tools.base.options import Parser
-from tools.base.rundir import list_places
+from tools.base.rundir import list_places, read_config_values
 from tools.base.settings import WorkbenchSettings
 from tools.base.words import show_size
 from tools.models.load import ModelPlace, find_model, load_model, locate_model, read_dtype

@@ -11,9 +11,8 @@ from graph.ablation.settings import CHAT, GRAPH, TOLD, AblateSettings
 from graph.ablation.unseen import measure_exported
 from graph.config import HEURISTIC
 from tools.base.errors import UserError
-from tools.base.made import read_result
 from tools.base.options import REFUSED
-from tools.base.rundir import scan_events
+from tools.base.rundir import read_result, scan_events
 from tools.base.settings import SPLITS, TeamSettings
 from tools.workbench.open import close_workbench
 

@@ -7,17 +7,133 @@ every request is seen here, by whoever keeps the account.
 import random
 import time
 import warnings
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
 
+from langchain_core.exceptions import ContextOverflowError, ModelConnectionError, ModelTimeoutError
 from langchain_core.language_models import BaseChatModel
 from langchain_core.messages import AIMessage, AnyMessage
 from langchain_core.runnables import Runnable
+from pydantic import ValidationError
 
-from graph.llm.failures import STEP_DOWN, Failure, describe_failure
 from graph.llm.metering import FailedRequest, Meter, count_prompt, read_terms
 from tools.base.errors import UserError
 from tools.base.progress import Stopped, heed_stop
 from tools.base.secrets import redact
+from tools.base.words import one_line
+
+STEP_DOWN = frozenset({400, 422, 500, 501})
+"""HTTP statuses that mean 'I do not know this method': llama.cpp says 500, FastAPI servers 422."""
+TRIED_AGAIN = frozenset({408, 409, 429})
+"""HTTP statuses below 500 that pass."""
+LONGEST_WAIT = 120.0
+"""Seconds that an endpoint may ask for; one that asks for more is not asked again."""
+_UNREACHED = ("ConnectError", "ConnectTimeout", "PoolTimeout")
+"""What HTTP libraries call it when a request never left."""
+
+Paid = Literal["nothing", "prompt", "all"]
+
+
+@dataclass
+class Failure:
+    """A request that got no reply."""
+
+    status: int
+    """The HTTP status, or 0."""
+    text: str
+    """What happened, to be read after the endpoint's name."""
+    by_method: bool = False
+    """Whether the method may be to blame, so that another is worth trying."""
+    passing: bool = False
+    """Whether the same request may be answered later."""
+    wait: float | None = None
+    """Seconds until then, where the endpoint says."""
+    paid: Paid = "nothing"
+    """What may have been spent: the prompt where a request that passes was read, and the longest answer as well where
+    none came back, as it may have been written all the same."""
+
+
+def describe_failure(error: Exception, model: BaseChatModel) -> Failure:
+    """What happened, in words that follow the endpoint's name."""
+    if isinstance(error, ContextOverflowError):
+        return Failure(400, f"cannot take so long a prompt ({one_line(_endpoint_words(error), 150)})")
+    if isinstance(error, ModelTimeoutError | ModelConnectionError):
+        paid: Paid = "nothing" if _is_unreached(error) else "all"
+        return Failure(0, _describe_silence(error, model), passing=True, paid=paid)
+    status = _find_status(error)
+    if not status:
+        # Arguments of a tool call that are no object end in langchain's ValidationError, and the reply is lost.
+        by_method = isinstance(error, ValidationError | NotImplementedError)  # the latter where it has no tools
+        text = f"sent no chat completion ({type(error).__name__}: {one_line(str(error), 150)})"
+        return Failure(0, text, by_method, paid="all")
+    passing, wait = _judge_status(status, error)
+    paid = "prompt" if passing else "nothing"
+    if status == 401:  # without the endpoint's words: they quote the key
+        keys = " or ".join(sorted({name for name in model.lc_secrets.values() if name.endswith("_API_KEY")}))
+        wanted = getattr(model, "wanted_key", "") or f"another API key{f' than {keys} holds' if keys else ''}"
+        return Failure(status, f"wants {wanted} (HTTP 401)")
+    if 300 <= status < 400:
+        moved = f"sends calls on to another address (HTTP {status}), which none is sent to; name that one"
+        return Failure(status, moved)
+    known = {403: "denies access", 404: "knows no such model or address", 429: "limits the rate or the quota"}
+    what = known.get(status, "failed" if status >= 500 else "rejected the request")
+    text = f"{what} (HTTP {status}: {one_line(_endpoint_words(error), 150)})"
+    return Failure(status, text, status in STEP_DOWN, passing, wait, paid)
+
+
+def _describe_silence(error: Exception, model: BaseChatModel) -> str:
+    if isinstance(error, ModelConnectionError):
+        return f"cannot be reached or hung up ({one_line(_root_cause(error), 150)})"
+    timeout = getattr(model, "request_timeout", None)
+    return f"gave no answer within {timeout} s" if timeout else "gave no answer in time"
+
+
+def _find_status(error: Exception) -> int:
+    for name in ("status_code", "code"):  # the latter in Google's errors
+        status = getattr(error, name, 0)
+        if isinstance(status, int) and not isinstance(status, bool) and status:
+            return int(status)
+    return 0
+
+
+def _judge_status(status: int, error: Exception) -> tuple[bool, float | None]:
+    """(whether the same request may be answered later, after how many seconds), as OpenAI's client judges it."""
+    headers: Any = getattr(getattr(error, "response", None), "headers", None) or {}
+    wait = None
+    for name, unit in (("retry-after-ms", 1e-3), ("retry-after", 1.0)):
+        try:
+            wait = float(headers.get(name, "")) * unit
+        except ValueError:  # none, or a date
+            continue
+        break
+    wait = wait if wait is not None and wait >= 0 else None
+    if (wait or 0.0) > LONGEST_WAIT:
+        return False, None
+    said = headers.get("x-should-retry")
+    return said == "true" or (said != "false" and (status in TRIED_AGAIN or status >= 500)), wait
+
+
+def _is_unreached(error: BaseException) -> bool:
+    cause: BaseException | None = error
+    while cause is not None:
+        if type(cause).__name__ in _UNREACHED:
+            return True
+        cause = cause.__cause__
+    return False
+
+
+def _endpoint_words(error: Exception) -> str:
+    body = getattr(error, "body", str(error))
+    body = body.get("error", body) if isinstance(body, dict) else body  # Anthropic's is one level further down
+    said = body.get("message") or body.get("detail") if isinstance(body, dict) else body  # FastAPI's is the latter
+    return str(said or "no reason given")
+
+
+def _root_cause(error: BaseException) -> str:
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return str(error) or type(error).__name__
+
 
 FIRST_WAIT, LONGEST_BACKOFF = 0.5, 8.0
 """Seconds before the first repetition, and before any later one, each twice as long as the one before; a quarter of it

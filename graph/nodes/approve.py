@@ -12,7 +12,7 @@ from langgraph.runtime import Runtime
 from graph.config import RunConfig
 from graph.planning.approval import Answer, Settled, ask, examine_edit, settle_plan
 from graph.planning.orders import record_plan
-from graph.planning.unmeasured import leave_unmeasured, record_breakage, record_refusal
+from graph.planning.verdict import leave_unmeasured, record_breakage, record_refusal
 from graph.runs.replay import find_decision
 from graph.runs.session import enter
 from graph.state import State

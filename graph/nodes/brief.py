@@ -9,8 +9,7 @@ import numpy as np
 from langgraph.runtime import Runtime
 
 from graph.config import HEURISTIC, RunConfig
-from graph.goals.chat import SHOWN, Sight
-from graph.goals.choose import ask_person, choose_brief, describe_rule
+from graph.goals.choose import SHOWN, Sight, ask_person, choose_brief, describe_rule
 from graph.goals.schema import check_brief, follow_brief, keep_bounds
 from graph.nodes.profile import find_cut, measure_dense, profile_model
 from graph.planning.orders import resolve
@@ -23,7 +22,7 @@ from tools.plans.layer_profile import predict_kl
 
 if TYPE_CHECKING:
     from tools.workbench.bench import Workbench
-    from tools.workbench.stored import StoredProfile
+    from tools.workbench.unfinished import StoredProfile
 
 
 def brief(state: State, runtime: Runtime[RunConfig]) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from graph.runs.session import Session, enter, open_bench
 from graph.state import State
 from tools.base.errors import BrokenPlan, UserError, in_one_line
 from tools.base.files import write_json, write_text
-from tools.base.made import hash_files
+from tools.base.rundir import hash_files
 from tools.experiments.tasks import measure_checkpoints
 from tools.measure.recall import Recall, compare_recall
 from tools.models.save import export_model
@@ -136,7 +136,7 @@ def cut_away(bench: "Workbench", state: State, session: Session) -> tuple[CutRes
     The accepted weights stay in the workbench. One that is not on one device is not timed. Raises UserError where
     the smaller model is not the same function.
     """
-    from tools.measure.speeds import measure_speeds  # imports torch
+    from tools.measure.continuations import measure_speeds  # imports torch
     from tools.surgery.parts import is_whole
 
     bench.pruner.restore(state.accepted)

@@ -17,8 +17,7 @@ from graph.planning.orders import record_plan
 from graph.planning.plan import Plan
 from graph.planning.situation import Situation, gather_situation, resolve_plan
 from graph.planning.toolbox import note_probes, open_toolbox
-from graph.planning.unmeasured import is_unmeasured, record_breakage
-from graph.planning.verdict import decide_stop
+from graph.planning.verdict import decide_stop, is_unmeasured, record_breakage
 from graph.runs.replay import find_breakage, find_plan
 from graph.runs.session import Session, enter, open_bench
 from graph.state import State, last_accepted

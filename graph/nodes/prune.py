@@ -9,7 +9,7 @@ from graph.config import RunConfig
 from graph.planning.approval import Settled, ask, examine_edit, settle_plan
 from graph.planning.budget import charge
 from graph.planning.orders import record_plan
-from graph.planning.unmeasured import leave_unmeasured, record_breakage, record_refusal
+from graph.planning.verdict import leave_unmeasured, record_breakage, record_refusal
 from graph.runs.replay import find_breakage, find_refusal
 from graph.runs.session import Session, enter, open_bench, tell_layers
 from graph.state import State

@@ -5,11 +5,9 @@ from typing import TYPE_CHECKING, Any
 from langgraph.runtime import Runtime
 
 from graph.config import RunConfig
-from graph.planning.bounds import Verdict, heed_bounds, heed_facts
 from graph.planning.kept_orders import find_kept, resolve_again
 from graph.planning.orders import hash_request
-from graph.planning.unmeasured import record_breakage
-from graph.planning.verdict import accepted_trial, judge
+from graph.planning.verdict import Verdict, accepted_trial, heed_bounds, heed_facts, judge, record_breakage
 from graph.runs.session import Session, enter, open_bench
 from graph.state import State
 from tools.base.errors import BrokenPlan, ImpossiblePlan

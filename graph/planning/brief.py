@@ -20,16 +20,27 @@ from graph.llm.ladder import describe_schema
 from graph.llm.metering import UNMETERED, Meter
 from graph.llm.quoting import data_block, quote_data, quote_words
 from graph.llm.toolbox import Toolbox, do_now
-from graph.planning.past import describe_experience, describe_hope, describe_notes, describe_probes
+from graph.planning.past import (
+    describe_bounds,
+    describe_dense,
+    describe_experience,
+    describe_goal,
+    describe_hope,
+    describe_notes,
+    describe_probes,
+    describe_shares,
+    describe_texts,
+    spell_out_plan,
+    spell_out_trial,
+    write_plan,
+)
 from graph.planning.plan import MOST_HYPOTHESIS, Plan, drop_schema, find_schema, tell_of_cuts
 from graph.planning.prices import describe_costs, describe_spending
 from graph.planning.situation import Situation
-from graph.planning.spelling import spell_out_plan, spell_out_trial, write_plan
 from graph.planning.table import TOLD_ZEROS, describe_groups, describe_layers, describe_parts, describe_present
-from graph.planning.texts import describe_bounds, describe_dense, describe_goal, describe_shares, describe_texts
 from graph.reflecting.posterior import WHOLE
 from graph.reflecting.schema import Lesson
-from tools.base.names import hide_directories, hide_path
+from tools.base.named import hide_directories, hide_path
 from tools.base.words import round_seconds, show_short
 from tools.plans.budget import same_sparsity
 from tools.plans.cuts import Parts

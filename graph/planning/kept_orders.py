@@ -4,8 +4,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import BaseModel, Field
 
-from graph.planning.cuts import order_cut
-from graph.planning.orders import describe_plan, measure_with, resolve
+from graph.planning.orders import describe_plan, measure_with, order_cut, resolve
 from graph.planning.plan import Plan
 from graph.planning.recipes import gather_layers
 from graph.state import State

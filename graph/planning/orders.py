@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from graph.config import RunConfig
-from graph.planning.cuts import order_cut
 from graph.planning.plan import WORDS, Plan
 from graph.planning.recipes import Layers, Read, assign_recipes, find_recipe, gather_layers, list_recipes
 from graph.reflecting.posterior import Factor, find_factors, weigh_layers
@@ -32,6 +31,27 @@ from tools.plans.work_order import WorkOrder, order_all
 if TYPE_CHECKING:
     from tools.base.progress import Progress
     from tools.workbench.bench import Workbench
+from graph.planning.plan import ONLY_ZEROS
+from tools.plans.cuts import count_cut_zeros, resolve_cut
+
+
+def order_cut(plan: Plan, parts: Parts, layers: Sequence[LayerProfile], line: str) -> WorkOrder:
+    """What goes of every layer by such a plan, as nearly to its sparsity as whole units allow. Raises ImpossiblePlan.
+
+    The order's sparsity is the plan's: cuts that differ by less than a unit are of one budget.
+    """
+    usual = Plan(sparsity=plan.sparsity)
+    if spoken := [name for name in ONLY_ZEROS if getattr(plan, name) != getattr(usual, name)]:
+        raise ImpossiblePlan(f"{spoken[0]} is about single weights, and this run takes parts away; leave it out")
+    cut = resolve_cut(plan.cut or Cutting(), parts, plan.sparsity, layers)
+    return order_all(
+        Recipe(refit=cut.refit),
+        count_cut_zeros(cut, parts, layers),
+        sparsity=plan.sparsity,
+        predicted_kl=parts.predict(cut.counts, cut.dropped),
+        line=line,
+    ).model_copy(update={"cut": cut})
+
 
 LESSONS = " · lessons x"
 """What parts a plan's line from how many groups of layers it weighs as lessons say."""

@@ -15,12 +15,11 @@ from graph.planning.brief import describe_lesson, recount_trial
 from graph.planning.budget import TokenBudget
 from graph.planning.choose import weigh_in_bounds
 from graph.planning.orders import measure_with
-from graph.planning.past import MAX_PROBES, take_latest
+from graph.planning.past import MAX_PROBES, spell_out_plan, take_latest
 from graph.planning.plan import Plan
 from graph.planning.prices import describe_prices, price_drafts, refuse_dear
 from graph.planning.rule import list_candidates
 from graph.planning.situation import Situation
-from graph.planning.spelling import spell_out_plan
 from graph.runs.session import OpenBench, Session
 from graph.runs.tasks import do_once
 from graph.state import State, pair_with_kept

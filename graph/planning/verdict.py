@@ -1,12 +1,56 @@
 """Whether a trial is kept, and whether the loop goes on."""
 
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
 from graph.config import RunConfig
-from graph.planning.bounds import Verdict
+from graph.planning.budget import find_lateness
+from graph.planning.orders import describe_plan, hash_request
 from graph.planning.rule import name_strongest, tried_strongest
+from graph.runs.session import Session
 from graph.state import State, last_accepted
+from tools.measure.recall import Retention
 from tools.plans.budget import same_sparsity
+from tools.plans.work_order import WorkOrder
 from tools.results.losses import Evaluation, compare_kl, find_likelihood_better
+from tools.results.schema import TextFigures
 from tools.results.trial import Trial
+
+Verdict = Literal["accept", "rollback"]
+
+
+def heed_facts(least: float, retention: Retention | None, verdict: Verdict, reason: str) -> tuple[Verdict, str]:
+    """The verdict, with the answer probability that a plan must keep: less than the `least` share rolls it back."""
+    if verdict == "rollback" or not least:
+        return verdict, reason
+    if retention is None:
+        return "rollback", "the probability of an answer is not finite"
+    figures = f"answer probability kept {retention.share:.3f} ± {retention.error:.3f}"
+    if retention.share < least:
+        return "rollback", f"{figures}, below {least:g}, although {reason}"
+    return verdict, f"{reason}; {figures}"
+
+
+def heed_bounds(
+    bounds: Mapping[str, float],
+    trial: Sequence[TextFigures],
+    dense: Sequence[TextFigures],
+    verdict: Verdict,
+    reason: str,
+) -> tuple[Verdict, str]:
+    """The verdict, with how far each bounded text's perplexity may rise above the dense model's, as a fraction."""
+    before = {text.name: text.perplexity for text in dense}
+    for text in trial if verdict == "accept" else ():
+        least = before.get(text.name)
+        if text.name not in bounds or not least:
+            continue
+        if text.perplexity is None:
+            return "rollback", f"the loss on {text.name} is not finite"
+        rise = text.perplexity / least - 1
+        if rise > bounds[text.name]:
+            told = f"perplexity on {text.name} {text.perplexity:.2f}, {rise:+.1%} above {least:.2f}"
+            return "rollback", f"{told}, where {bounds[text.name]:.3g} is the bound, although {reason}"
+    return verdict, reason
 
 
 def accepted_trial(state: State) -> Trial:
@@ -81,3 +125,72 @@ def find_early(state: State) -> str:
 def _find_best_at_target(state: State) -> Trial | None:
     best = last_accepted(state.trials)
     return best if best and same_sparsity(best.sparsity, state.config.target_sparsity) else None
+
+
+Update = dict[str, Any]
+
+
+def record_refusal(state: State, order: WorkOrder | None, reason: str, session: Session) -> Update:
+    """A person refused the state's plan: the trial is logged, and the loop may end with it.
+
+    `order` is None where the plan could not be carried out anyhow.
+    """
+    session.emit("approval", iteration=state.iteration, decision="refuse", reason=reason)
+    trial = _make_trial(state, order, "refuse", reason, 0.0)
+    session.emit("trial", **trial.model_dump())
+    stop = decide_stop(state.model_copy(update={"trials": [*state.trials, trial]}))
+    stop = stop or find_lateness(state, session.seconds)
+    if stop:
+        session.emit("note", text=stop)
+    return {"trials": [trial], "stop": stop, "seconds": session.seconds}
+
+
+def record_breakage(state: State, order: WorkOrder | None, reason: str, session: Session) -> Update:
+    """The state's plan broke for this reason, before there was an `order` if that is None: the trial is logged."""
+    trial = _make_trial(state, order, "rollback", reason, session.elapsed)
+    session.emit("trial", **trial.model_dump())
+    return {"trials": [trial], "seconds": session.seconds}
+
+
+def is_unmeasured(state: State) -> bool:
+    """Whether the present round has its trial already, before anything was measured."""
+    return bool(state.trials) and state.trials[-1].iteration == state.iteration
+
+
+def leave_unmeasured(state: State) -> Literal["rollback", "plan", "finish"] | None:
+    """Where the present round goes without figures: what broke is rolled back; after a refusal the loop plans again, or
+    ends. None where it has yet to be measured.
+    """
+    if not is_unmeasured(state):
+        return None
+    if state.trials[-1].broken:
+        return "rollback"
+    return "finish" if state.stop else "plan"
+
+
+def _make_trial(
+    state: State, order: WorkOrder | None, verdict: Literal["rollback", "refuse"], reason: str, seconds: float
+) -> Trial:
+    """Such a plan among the trials, so that planners and people see it and nobody proposes it again."""
+    plan = state.plan
+    assert plan is not None, "plan runs first"
+    return Trial(
+        iteration=state.iteration,
+        checkpoint=state.accepted,
+        sparsity=plan.sparsity if order is None else order.sparsity,
+        perplexity=None,
+        kl=None,
+        predicted_kl=0.0 if order is None else order.predicted_kl,
+        verdict=verdict,
+        broken=verdict == "rollback",
+        reason=" ".join(reason.split()),
+        plan=describe_plan(plan),
+        hypothesis=plan.hypothesis,
+        order="" if order is None else order.id,
+        asked=hash_request(plan),
+        recipe=None if plan.cut else plan.recipe,
+        groups=plan.groups,
+        adjustments=plan.adjustments,
+        cut=plan.cut,
+        seconds=round(seconds, 3),
+    )

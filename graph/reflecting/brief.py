@@ -15,15 +15,14 @@ from graph.llm.quoting import data_block, quote_data
 from graph.llm.toolbox import do_now
 from graph.planning.brief import describe_change, describe_facts
 from graph.planning.orders import group_kl
-from graph.planning.past import describe_notes, describe_probes
+from graph.planning.past import describe_notes, describe_probes, describe_texts
 from graph.planning.plan import MOST_HYPOTHESIS, Plan
 from graph.planning.table import describe_parts
-from graph.planning.texts import describe_texts
 from graph.reflecting.notes import check_evidence
 from graph.reflecting.rule import WORD, Evidence
 from graph.reflecting.schema import MAX_LEARNT, MOST, Lesson, Reflection, drop_schema, tell_of_cuts
 from graph.state import pair_with_kept
-from tools.base.names import hide_directories
+from tools.base.named import hide_directories
 from tools.base.words import show_short
 from tools.plans.budget import same_sparsity
 from tools.plans.groups import describe_group

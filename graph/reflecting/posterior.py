@@ -14,13 +14,71 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-from graph.reflecting.regression import SPREAD, Blame, fit_factors
+import numpy as np
+
 from graph.reflecting.schema import MOST, Lesson
+from graph.state import SIGMAS
 from tools.base.errors import ImpossiblePlan
 from tools.plans.groups import Group, name_work
 from tools.plans.layer_profile import LayerProfile
 from tools.plans.recipe import Recipe
 from tools.plans.selectors import select_layers
+
+SPREAD = 0.5
+"""How far off the curves of a group are thought to be, before anything is measured: a standard deviation of factors."""
+
+MOSTLY = 0.6
+"""A trial is about one group where that has this share of the sum of squares of the changes that were predicted."""
+
+HEARD = MOSTLY / 2
+"""Groups of which less than this share of the variance is explained get no factor. One trial explains half of its
+mover's where nothing else moved and nothing was noisy."""
+
+
+class Blame(NamedTuple):
+    """What trials say of a group."""
+
+    factor: float
+    """Without the shrinkage that `evidence` stands for."""
+    evidence: float
+    """How many trials of this group alone, without noise, would say as much."""
+
+
+def find_mover(moved: dict[str, float]) -> str | None:
+    """The group that all but moved alone; None where there is none."""
+    total = sum(change**2 for change in moved.values())
+    selector = max(moved, key=lambda group: abs(moved[group]), default=None)
+    return selector if selector is not None and moved[selector] ** 2 >= MOSTLY * total > 0 else None
+
+
+def _find_surprise(trial: Lesson) -> float:
+    """What was measured less what was predicted, nats per token; 0 inside the noise."""
+    surprise = (trial.measured or 0.0) - trial.predicted
+    return surprise if abs(surprise) > SIGMAS * (trial.error or 0.0) else 0.0
+
+
+def fit_factors(trials: Sequence[tuple[Lesson, float]]) -> dict[str, Blame]:
+    """What trials, each with its weight, say of the groups that they moved; only of those that are `HEARD`.
+
+    A trial of weight 1/2 counts half of one of weight 1. One without a known error counts half, too.
+    """
+    groups = sorted({group for trial, _ in trials for group in trial.moved})
+    rows = [[trial.moved.get(group, 0.0) for group in groups] for trial, _ in trials]
+    moved_TG = SPREAD * np.array(rows).reshape(len(trials), len(groups))
+    surprise_T = np.array([_find_surprise(trial) for trial, _ in trials])
+    known_T = np.array([weight * (0.5 if trial.error is None else 1.0) for trial, weight in trials])
+    error_T = np.array([trial.error or 0.0 for trial, _ in trials])
+    noise_T = np.sqrt((moved_TG**2).sum(axis=1) / known_T + error_T**2)
+    design_TG = moved_TG / noise_T[:, None]
+    solved_TG = np.linalg.solve(np.eye(len(trials)) + design_TG @ design_TG.T, design_TG)  # trials are few, groups many
+    mean_G = SPREAD * (surprise_T / noise_T) @ solved_TG
+    explained_G = (design_TG * solved_TG).sum(axis=0)
+    return {
+        group: Blame(factor=float(1 + mean / explained), evidence=float(explained / (1 - explained)))
+        for group, mean, explained in zip(groups, mean_G, explained_G, strict=True)
+        if explained >= HEARD
+    }
+
 
 WHOLE = "*"
 """The selector of a lesson about the model as a whole: a calibration of the predicted KL, no matter for allocation."""

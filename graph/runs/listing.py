@@ -8,8 +8,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from tools.base.errors import UserError
-from tools.base.made import read_config_values, read_result
-from tools.base.rundir import refuse_lost_result
+from tools.base.rundir import read_config_values, read_result, refuse_lost_result
 from tools.base.words import clean, show_compact, show_percent, show_seconds
 
 MARKS = ("summary.json", "config.yaml", "events.jsonl", "run.json")

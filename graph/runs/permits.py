@@ -17,7 +17,7 @@ from graph.checks import refuse_prompt_files
 from graph.config import RunConfig
 from graph.state import State
 from tools.base.errors import UserError
-from tools.base.names import is_hub_id, parse_hub
+from tools.base.named import is_hub_id, parse_hub
 from tools.base.options import CONFIGS, read_environment, read_yaml
 from tools.base.rundir import runs_directory
 from tools.base.secrets import redact

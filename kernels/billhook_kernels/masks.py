@@ -12,9 +12,30 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from billhook_kernels.dispatch import choose_kernel
-from billhook_kernels.ranks import INFINITY, NO_SCORE, order_preserving_ints, score_bits
 from billhook_kernels.scores import score_wanda
 from billhook_kernels.threads import share_rows
+
+INFINITY = 0x7F800000
+"""Bits of +inf: every finite non-negative fp32 has a smaller pattern."""
+
+NO_SCORE = "a pruning score is negative or not finite"
+
+
+def score_bits(score: Tensor) -> Tensor:
+    """Non-negative int32, a new tensor, that sort like the non-negative scores (fp32).
+
+    Non-negative IEEE floats order like their bits. Raises ValueError when a score is negative or not finite.
+    """
+    bits = (score.float() + 0.0).contiguous().view(torch.int32)  # adding 0.0 turns -0.0 into 0.0
+    if bits.numel() and (int(bits.min()) < 0 or int(bits.max()) >= INFINITY):
+        raise ValueError(NO_SCORE)
+    return bits
+
+
+def order_preserving_ints(score: Tensor, dead: Tensor) -> Tensor:
+    """`score_bits`, but `dead` weights are 0 and all others above it."""
+    return score_bits(score).add_(1).mul_(~dead)
+
 
 BLOCK_BYTES = 2**20
 """Of scores that a thread works on at a time: with their ranks and their mask they fit into the cache of a core."""

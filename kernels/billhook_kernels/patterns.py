@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from billhook_kernels.dispatch import choose_kernel
-from billhook_kernels.ranks import order_preserving_ints
+from billhook_kernels.masks import order_preserving_ints
 
 Pattern = tuple[int, int]
 """(N zeroed, of M consecutive inputs)."""

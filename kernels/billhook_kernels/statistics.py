@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 
 from billhook_kernels.dispatch import choose_kernel
-from billhook_kernels.masks import kth_smallest_each
-from billhook_kernels.ranks import order_preserving_ints
+from billhook_kernels.masks import kth_smallest_each, order_preserving_ints
 
 
 def add_second_moment(total_II: Tensor, x_TI: Tensor) -> None:

@@ -41,7 +41,7 @@ from tests.tiny import make_tiny_model, make_tiny_tokenizer, tiny_settings
 from tools.base import rundir
 from tools.base.progress import Stopped, heed_stop
 from tools.base.rundir import RUNS_DIR_VARIABLE, unlock_run
-from tools.measure import continuations, speeds
+from tools.measure import continuations
 from tools.results.page import page
 from tools.texts.windows import cut_windows
 from tools.workbench import open as workbench
@@ -106,8 +106,8 @@ def run_apart(home: Path, *arguments: str) -> Path:
 def decode_briefly(patch: Callable[[Any, str, Any], None]) -> None:
     """Have fewer tokens decoded to continue a report's prompts and to time a cut, a sixth and a third of a tiny run."""
     patch(continuations, "CONTINUED", continuations.CONTINUED_STREAMED)
-    patch(speeds, "REPEATS", 1)
-    patch(speeds, "DECODED", 4)
+    patch(continuations, "REPEATS", 1)
+    patch(continuations, "DECODED", 4)
 
 
 def leave_out_figures(patch: Callable[[Any, str, Any], None]) -> None:

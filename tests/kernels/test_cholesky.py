@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from billhook_kernels.cholesky import BASE, factor_lower
+from billhook_kernels.obs import BASE, factor_lower
 
 
 @pytest.fixture

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from billhook_kernels.kept import gather_kept, list_kept, spread_kept
+from billhook_kernels.packed import gather_kept, list_kept, spread_kept
 
 
 def make_mask(shape: tuple[int, int], share: float) -> torch.Tensor:

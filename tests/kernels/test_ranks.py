@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given
 
-from billhook_kernels.ranks import order_preserving_ints
+from billhook_kernels.masks import order_preserving_ints
 
 SCORES = st.floats(0, width=32, allow_infinity=False, allow_nan=False, allow_subnormal=True) | st.just(-0.0)
 

@@ -13,8 +13,7 @@ from typing import Any, ClassVar, Final, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from tools.base.named import Texts, Weights, share_windows
-from tools.base.names import name_source
+from tools.base.named import Texts, Weights, name_source, share_windows
 
 QUESTION_SOURCE = "hub:NAME[/CONFIG]:SPLIT, or file:PATH (.jsonl or .json), with question and answer or as FreebaseQA"
 Split = Literal["validation", "test"]

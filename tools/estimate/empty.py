@@ -13,8 +13,8 @@ from tools.models.formats import DTYPES
 from tools.models.hub import check_in_reach
 from tools.models.layers import Layer, Reach, find_layers, measure_reach, refuse_small_reach
 from tools.models.load import ModelPlace, build_on_meta, load_tokenizer, locate_model
+from tools.models.mapped import list_in_source, map_source
 from tools.models.positions import refuse_long_windows
-from tools.models.source import list_in_source, map_source
 from tools.models.streamed import find_conversion
 from tools.texts.windows import count_lead
 

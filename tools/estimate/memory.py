@@ -26,7 +26,7 @@ from tools.models.readout import CHUNK
 from tools.models.streamed import StreamSizes, measure_stream
 from tools.plans.layer_profile import LEVELS
 from tools.plans.recipe import Recipe
-from tools.polish.survivors import count_state_bytes
+from tools.polish.gradients import count_state_bytes
 from tools.statistics.shards import count_held, cut_shards, share_out
 from tools.texts.written import BATCH, list_written
 

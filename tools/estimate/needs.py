@@ -29,7 +29,7 @@ from tools.plans.layer_profile import LayerProfile
 from tools.plans.pattern import count_pattern_zeros
 from tools.plans.polish import schedule_polish
 from tools.plans.recipe import Recipe
-from tools.polish.survivors import count_state_bytes
+from tools.polish.gradients import count_state_bytes
 from tools.statistics.pruned import prune_layer
 from tools.statistics.shards import count_waiting
 from tools.statistics.table import list_shapes

@@ -119,8 +119,8 @@ def _make_structured_row(
     job: Job, recipe: PartsRecipe, bench: "Workbench", known: Comparison, progress: "Progress"
 ) -> MadeRow:
     """The row of a cut model. Raises ImpossiblePlan where the architecture, or whole parts, cannot be cut so."""
+    from tools.measure.continuations import measure_speeds
     from tools.measure.recall import measure_recall  # imports torch
-    from tools.measure.speeds import measure_speeds
 
     if bench.windows.texts:
         raise ImpossiblePlan("structured rows read the calibration text alike; leave named texts out")

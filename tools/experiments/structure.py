@@ -10,9 +10,9 @@ from tools.base.errors import UserError
 from tools.base.files import refuse_unwritable, write_json, write_text
 from tools.base.progress import Progress
 from tools.base.settings import CutSettings, WorkbenchSettings
+from tools.measure.continuations import measure_speeds
 from tools.measure.losses import evaluate_windows
 from tools.measure.recall import EncodedPair, compare_recall, encode_questions, measure_recall
-from tools.measure.speeds import measure_speeds
 from tools.models.blocks import Blocks, check_blocks
 from tools.models.layers import find_layers, measure_reach, refuse_small_reach
 from tools.models.load import check_device, load_model, locate_model

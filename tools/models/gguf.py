@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tools.base.errors import UserError, in_one_line
-from tools.models.source import map_source
+from tools.models.mapped import map_source
 
 _REPEATED = ("GGUFReader", "get_tensor_name_map")
 """What transformers asks of the package gguf again and again while it loads one file."""

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from tools.base.errors import UserError
 from tools.base.hub import look_at_hub
-from tools.base.names import is_hub_id
+from tools.base.named import is_hub_id
 from tools.base.secrets import redact
 
 WEIGHTS = ["*.safetensors", "*.safetensors.index.json"]

@@ -13,10 +13,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tools.base.errors import UserError, in_one_line
 from tools.base.files import write_json
-from tools.base.made import check_model, hash_files, hash_once
 from tools.base.memory import count_free
-from tools.base.names import is_hub_id
-from tools.base.rundir import list_places
+from tools.base.named import is_hub_id
+from tools.base.rundir import check_model, hash_files, hash_once, list_places
 from tools.base.settings import TeamSettings, WorkbenchSettings, count_beside
 from tools.base.words import show_size
 from tools.models.formats import DTYPES, Dtype

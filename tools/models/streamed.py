@@ -32,10 +32,9 @@ from torch import nn
 
 from tools.base.errors import UserError
 from tools.base.files import write_directory
-from tools.base.made import hash_once
+from tools.base.rundir import hash_once
 from tools.models.layers import STREAMED, find_blocks
-from tools.models.mapped import Mapped, map_tensors
-from tools.models.source import has_same_bits, map_source
+from tools.models.mapped import Mapped, has_same_bits, map_source, map_tensors
 
 SHARD = 256 * 2**20
 """Bytes of a file in which such a model is written, at least."""

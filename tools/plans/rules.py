@@ -2,7 +2,7 @@
 
 One more that reads what a profile holds is a function and a line here: what planners, flags, help, tables and plots
 say of allocations is made from this list. OWL is arXiv 2310.05175 and AlphaPruning arXiv 2410.10912; what they measure
-of the weights is in `tools.statistics.scores`. Shape suffixes: L layers, G sparsities of the grid.
+of the weights is in `tools.statistics.table`. Shape suffixes: L layers, G sparsities of the grid.
 """
 
 from collections.abc import Callable, Sequence

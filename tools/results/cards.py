@@ -6,7 +6,7 @@ Nothing in a run's card says where files lie on this machine.
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from tools.base.names import hide_directories, hide_path, is_hub_id, parse_hub
+from tools.base.named import hide_directories, hide_path, is_hub_id, parse_hub
 from tools.base.settings import WorkbenchSettings
 from tools.base.words import escape
 from tools.results.schema import ANSWERS_KEPT, Summary

@@ -19,10 +19,9 @@ from tools.plans.jobs import STRUCTURED, Job, name_target
 from tools.plans.methods import Statistics
 from tools.results.losses import Evaluation, compare_kl, compare_perplexity
 from tools.results.paper import Measured, describe_tasks
-from tools.results.polish_curve import list_curves, plot_curves
 from tools.results.schema import ANSWERS_KEPT, Polished, Protocol, Reach, Score, TextFigures, describe_bos, describe_cut
 from tools.results.sentences import describe_polish, describe_reach, name_text, tell_share, tell_texts
-from tools.results.sparsity_curve import plot_sparsity
+from tools.results.sparsity_curve import list_curves, plot_curves, plot_sparsity
 from tools.results.tables import list_table
 
 REFERENCE = "sparsegpt:uniform"

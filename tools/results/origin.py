@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tools.base.made import read_config_values
+from tools.base.rundir import read_config_values
 from tools.base.settings import SPLITS
 from tools.results.page.record import read_summary
 from tools.results.schema import Origin, Protocol, Summary

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from tools.base.names import hide_path
+from tools.base.named import hide_path
 from tools.base.words import escape, show, show_score, show_size
 from tools.plans.methods import Statistics
 from tools.results.schema import Goal, Knowledge, Perplexities, Score, Summary, TextResult, Weighting

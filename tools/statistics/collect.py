@@ -35,6 +35,7 @@ from tools.statistics.known import (
     mix_statistics,
     mix_tensors,
 )
+from tools.statistics.passage import Purpose, Walk, split_texts
 from tools.statistics.requests import (
     Parts,
     SumCurves,
@@ -46,7 +47,6 @@ from tools.statistics.requests import (
     ignore_ticks,
 )
 from tools.statistics.shards import Sums
-from tools.statistics.walk import Purpose, Walk, split_texts
 from tools.statistics.walks import Nodes, layers_by_block
 
 

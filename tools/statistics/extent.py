@@ -11,10 +11,9 @@ from torch import Tensor
 from tools.base.settings import Calibration
 from tools.models.blocks import Blocks
 from tools.models.layers import Layer
-from tools.statistics.passage import KeptPassages
+from tools.statistics.passage import KeptPassages, Walk
 from tools.statistics.requests import Alone, Finish, Team, ignore_ticks
 from tools.statistics.shards import SHARDS, Span, Sums, join_nodes
-from tools.statistics.walk import Walk
 from tools.statistics.walks import Nodes, Walks
 
 _walks = itertools.count()

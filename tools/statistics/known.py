@@ -27,7 +27,7 @@ class ModelStatistics:
     mean_square: dict[str, Tensor]
     gradient_square: dict[str, Tensor]
     clipped_square: dict[str, Tensor]
-    """Gamma with each token clipped at `tools.statistics.flow.CLIP` times the median one."""
+    """Gamma with each token clipped at `tools.statistics.gradients.CLIP` times the median one."""
     group: dict[str, str]
     """Layer name to the first layer that reads the same input, under whose name their second moment is kept."""
     gradient: dict[str, float]

@@ -8,8 +8,8 @@ from typing import Generic, NamedTuple, Protocol, TypeVar
 
 from torch import Tensor
 
+from tools.statistics.passage import Purpose, Walk
 from tools.statistics.shards import Span
-from tools.statistics.walk import Purpose, Walk
 from tools.statistics.walks import Nodes, Walks
 
 T = TypeVar("T")

@@ -25,15 +25,22 @@ from tools.models.layers import Layer
 from tools.models.readout import begin_draw, hidden_gradients
 from tools.models.streamed import find_stream
 from tools.models.window_states import hold_states
-from tools.statistics.flow import add_curve, sum_gradients
-from tools.statistics.gradients import OVERFLOW, Gradient, Pair, Seen, bring_near, flow_back, scale_losses
-from tools.statistics.moments import MomentSums, Spare, Wanted
-from tools.statistics.passage import KeptPassages, Passage, Passages
+from tools.statistics.gradients import (
+    OVERFLOW,
+    Gradient,
+    Pair,
+    Seen,
+    add_curve,
+    bring_near,
+    flow_back,
+    scale_losses,
+    sum_gradients,
+)
+from tools.statistics.moments import MomentSums, Spare, Waiting, Wanted
+from tools.statistics.passage import KeptPassages, Passage, Passages, Purpose, Walk
 from tools.statistics.pruned import parts_of_mask
 from tools.statistics.shards import Aside, Span, Sums, cut_shards, forget, list_nodes, sum_node
 from tools.statistics.taps import tapped
-from tools.statistics.waiting import Waiting
-from tools.statistics.walk import Purpose, Walk
 
 Nodes = list[tuple[Span, Sums]]
 """What a span of shards comes to, as few nodes of the tree over all shards."""

@@ -1,18 +1,59 @@
 """Where the workers of a team are: one after another in each place, should they die."""
 
 import contextlib
+import os
+import socket
+import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from tools.base.errors import UserError, in_one_line
+from tools.base.failures import explain_work
 from tools.base.progress import Warn
 from tools.base.settings import TeamSettings, count_threads
-from tools.team.actor import Actor
+from tools.measure.losses import limit_prefix
+from tools.models.load import load_model
 from tools.team.connection import Connection
-from tools.team.frozen import keep
-from tools.team.identity import Identity
-from tools.team.worker import KeptPlace, Texts
+from tools.team.frozen import freeze, keep, thaw
+from tools.team.identity import Identity, identify
+from tools.team.requests import Job, OnSpan
+from tools.team.worker import KeptPlace, Texts, Worker
+
+
+class Actor:
+    """A worker. What goes in and comes out is frozen."""
+
+    def open(
+        self, settings: TeamSettings, texts: Any, threads: int, scratch: Path | None, keeps: KeptPlace | None = None
+    ) -> tuple[Identity, str, int]:
+        """Load the model; who this is, on which machine, and the number of its process.
+
+        Files without a name lie in the directory `scratch`, or where this system has its files for a while. `keeps` is
+        as `Worker` has it.
+        """
+        torch.set_num_threads(threads)
+        scratch = scratch or Path(tempfile.gettempdir())
+        model, _ = load_model(settings, scratch)
+        identity = identify(model)
+        self._worker = Worker(model, settings, thaw(texts), scratch, limit_prefix(model), keeps)
+        return identity, socket.gethostname(), os.getpid()
+
+    def call(self, request: Any, span: tuple[int, int] | None) -> tuple[str, Any]:
+        """(the name of the model's weights, the answer to a `Job`, or with a span to a `Shared`)."""
+        answer = self._answer(thaw(request) if span is None else OnSpan(thaw(request), span))
+        return self._worker.weights, answer
+
+    def _answer(self, job: Job[Any]) -> Any:
+        with explain_work(f"worker {os.getpid()} on {socket.gethostname()}"):
+            return freeze(job.run(self._worker))
+
+    def call_and_keep(self, request: Any) -> tuple[str, Any]:
+        """As `call` of a job: the name is read, the answer is not."""
+        return self.call(request, None)
+
 
 DEATHS = 3
 """Of one worker after the other in one place, before the run stops."""

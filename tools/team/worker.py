@@ -15,8 +15,7 @@ from billhook_kernels.methods import LayerStatistics
 from tools.base.failures import explain_layer
 from tools.base.progress import ignore_progress
 from tools.base.settings import Calibration, Split, WorkbenchSettings
-from tools.measure.kept_states import StateFiles
-from tools.measure.losses import PrefixCache, evaluate_by_blocks, evaluate_windows
+from tools.measure.losses import PrefixCache, StateFiles, evaluate_by_blocks, evaluate_windows
 from tools.measure.recall import EncodedPair, cut_batches, read_answers
 from tools.models.artifacts import pack_pruned, unpack_pruned
 from tools.models.blocks import Blocks
@@ -25,8 +24,7 @@ from tools.models.linear import keep_linear
 from tools.models.streamed import find_stream
 from tools.models.unfinished import Marks
 from tools.plans.recipe import Recipe
-from tools.polish.gradients import Divergence
-from tools.polish.survivors import Survivors
+from tools.polish.gradients import Divergence, Survivors
 from tools.statistics.kept_passages import PassageFiles
 from tools.statistics.pruned import cut_to_levels, prune_layer
 from tools.statistics.requests import Kept

@@ -2,12 +2,16 @@
 
 import itertools
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tools.base.errors import UserError
-from tools.base.names import parse_hub
-from tools.base.settings import QUESTION_SOURCE
+from tools.base.named import parse_hub
+from tools.base.settings import QUESTION_SOURCE, QUESTIONS, Calibration, WorkbenchSettings
 from tools.texts.tables import check_file, explain_unreadable, open_rows
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
 
 QUESTION_FORM = "Question: {}\nAnswer:"
 """How a question is put; the answer follows after a space."""
@@ -116,3 +120,33 @@ def _texts(value: Any) -> Iterator[str]:
             yield from _texts(part)
     elif value is not None and not isinstance(value, bool | dict):  # a year, say, or a date that datasets made of one
         yield str(value)
+
+
+def write_questions(settings: WorkbenchSettings) -> Iterator[str]:
+    """The questions that are asked nowhere else, as documents. Raises UserError where there are too few to ask."""
+    return map(write_pair, split_questions(settings.questions, settings.question_pairs, settings.text_cut).rest)
+
+
+def mix_questions(
+    settings: WorkbenchSettings, prose_BT: "Tensor", questions_BT: "Tensor"
+) -> "tuple[Tensor, dict[Calibration, Tensor]]":
+    """(the calibration text of the run, the same behind as many windows of questions if there are so many).
+
+    `prose_BT` are its windows of running text, `questions_BT` those of questions: at least as many as the run's own
+    mix asks for, which are the first of them and in no other text.
+    """
+    import torch
+
+    own = settings.count_mixed(settings.calibration_mix)
+    run_BT = _spread(prose_BT, questions_BT[:own])
+    others_BT = questions_BT[own : own + len(run_BT)]
+    return run_BT, {QUESTIONS: torch.cat([others_BT, run_BT])} if len(others_BT) == len(run_BT) else {}
+
+
+def _spread(prose_BT: "Tensor", questions_BT: "Tensor") -> "Tensor":
+    """Both kinds of windows, the second evenly spread, so that any first few hold their share of it."""
+    import torch
+
+    total, parts = len(prose_BT) + len(questions_BT), [iter(prose_BT), iter(questions_BT)]
+    asks = [(i + 1) * len(questions_BT) // total > i * len(questions_BT) // total for i in range(total)]
+    return torch.stack([next(parts[kind]) for kind in asks])

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 from tools.base.errors import UserError
-from tools.base.names import parse_hub
+from tools.base.named import parse_hub
 from tools.base.settings import TEXT_SOURCE
 from tools.texts.questions import Question, write_pair
 from tools.texts.tables import check_file, explain_unreadable, open_rows

@@ -11,7 +11,7 @@ from typing import Any
 
 from tools.base.errors import UserError, in_one_line
 from tools.base.hub import look_at_hub
-from tools.base.names import parse_hub, path_of
+from tools.base.named import parse_hub, path_of
 
 
 def check_file(source: str, what: str, *suffixes: str) -> Path:

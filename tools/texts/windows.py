@@ -10,11 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tools.base.errors import SharedText, UserError
-from tools.base.named import share_windows
-from tools.base.names import path_of
+from tools.base.named import path_of, share_windows
 from tools.base.settings import MOST_SPREAD, QUESTIONS, RUN, SPLITS, Calibration, WorkbenchSettings
-from tools.texts.mixtures import mix_questions, write_questions
-from tools.texts.questions import check_questions
+from tools.texts.questions import check_questions, mix_questions, write_questions
 from tools.texts.sources import check_source, read_documents
 from tools.texts.written import (
     WrittenText,

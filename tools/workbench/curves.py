@@ -15,7 +15,7 @@ from tools.plans.recipe import Recipe
 from tools.statistics.collect import measure_kappa
 from tools.statistics.pruned import cut_to_levels
 from tools.statistics.requests import Here, Parts
-from tools.statistics.scores import measure_alpha
+from tools.statistics.table import measure_alpha
 from tools.team.requests import PruneToLevels
 from tools.workbench.crew import Crew
 from tools.workbench.profiles import Profiles

@@ -14,8 +14,8 @@ from tools.plans.pattern import count_pattern_zeros
 from tools.plans.recipe import Recipe
 from tools.statistics.collect import Moments, collect_moments
 from tools.statistics.extent import begin_walk
+from tools.statistics.passage import Walk
 from tools.statistics.pruned import prune_layer
-from tools.statistics.walk import Walk
 from tools.team.cluster import Cluster
 from tools.team.requests import PruneLayers
 from tools.workbench.checkpoints import LayerTask, make_layer_key

@@ -9,8 +9,15 @@ from torch import Tensor
 
 from tools.base.progress import Progress, count_up
 from tools.base.settings import Calibration, Split
-from tools.measure.kept_states import StateFiles, forget_states
-from tools.measure.losses import PrefixCache, SoFar, evaluate_by_blocks, evaluate_windows, limit_prefix
+from tools.measure.losses import (
+    PrefixCache,
+    SoFar,
+    StateFiles,
+    evaluate_by_blocks,
+    evaluate_windows,
+    forget_states,
+    limit_prefix,
+)
 from tools.models.blocks import Blocks
 from tools.models.streamed import find_stream
 from tools.results.losses import Evaluation

@@ -17,8 +17,18 @@ from tools.texts.windows import Windows
 from tools.workbench.crew import Crew
 from tools.workbench.moments import write_moment
 from tools.workbench.store import ArtifactStore, Index
-from tools.workbench.stored import Kind, StoredProfile, TextPart, has_parts, keep_part, read_part, write_means
-from tools.workbench.unfinished import UnfinishedWalk, find_unfinished, name_statistics
+from tools.workbench.unfinished import (
+    Kind,
+    StoredProfile,
+    TextPart,
+    UnfinishedWalk,
+    find_unfinished,
+    has_parts,
+    keep_part,
+    name_statistics,
+    read_part,
+    write_means,
+)
 from tools.workbench.weights import Weights
 
 Parts = Mapping[str, TextPart]

@@ -15,10 +15,10 @@ from tools.base.progress import Progress, ignore_progress
 from tools.models.mapped import map_tensors
 from tools.statistics.collect import collect_moments
 from tools.statistics.extent import begin_walk
-from tools.statistics.walk import Walk
+from tools.statistics.passage import Walk
 from tools.workbench.crew import Crew
 from tools.workbench.store import ArtifactStore, Index
-from tools.workbench.stored import Kind, StoredProfile
+from tools.workbench.unfinished import Kind, StoredProfile
 from tools.workbench.weights import Weights
 
 

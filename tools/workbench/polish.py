@@ -18,10 +18,8 @@ from tools.models.artifacts import pack_pruned
 from tools.models.blocks import Blocks
 from tools.models.unfinished import UNFINISHED, KeptFiles, forget_files
 from tools.plans.polish import Means, Schedule, schedule_polish
-from tools.polish.gradients import KL, Divergence
-from tools.polish.loop import Kept, Polish, Problem, Standing
-from tools.polish.optimisers import Adam
-from tools.polish.survivors import Survivors, Vectors
+from tools.polish.gradients import KL, Divergence, Survivors, Vectors
+from tools.polish.loop import Adam, Kept, Polish, Problem, Standing
 from tools.results.schema import Polished
 from tools.statistics.requests import ignore_ticks
 from tools.statistics.shards import Sums, join_nodes

@@ -12,7 +12,7 @@ from tools.results.losses import Evaluation
 if TYPE_CHECKING:
     from tools.base.progress import Progress
     from tools.workbench.bench import Workbench
-    from tools.workbench.stored import StoredProfile
+    from tools.workbench.unfinished import StoredProfile
 
 
 class Probe(NamedTuple):

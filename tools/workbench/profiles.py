@@ -29,8 +29,17 @@ from tools.workbench.losses import Losses
 from tools.workbench.mixtures import Mixtures
 from tools.workbench.moments import Found, Held, SecondMoments, write_moment
 from tools.workbench.store import ArtifactStore, Index
-from tools.workbench.stored import Kind, StoredProfile, TextPart, keep_part, read_part, write_means
-from tools.workbench.unfinished import UnfinishedWalk, find_unfinished, name_dense
+from tools.workbench.unfinished import (
+    Kind,
+    StoredProfile,
+    TextPart,
+    UnfinishedWalk,
+    find_unfinished,
+    keep_part,
+    name_dense,
+    read_part,
+    write_means,
+)
 from tools.workbench.weights import Weights
 
 KeepMoment = Callable[[str, Tensor], None]

@@ -13,8 +13,7 @@ from tools.base.errors import DamagedArtifact
 from tools.base.progress import Warn
 from tools.models.artifacts import pack_pruned, unpack_pruned
 from tools.models.layers import Biases, Layer
-from tools.models.mapped import Mapped, view_bytes
-from tools.models.source import map_dense
+from tools.models.mapped import Mapped, map_dense, view_bytes
 from tools.models.unfinished import Marks
 from tools.statistics.walks import layers_by_block
 from tools.workbench.store import DENSE, ArtifactStore

@@ -7,8 +7,7 @@ import pytest
 from pydantic import BaseModel, ValidationError
 
 from graph.config import RunConfig
-from graph.goals.chat import Sight, brief_messages
-from graph.goals.choose import read_answer
+from graph.goals.choose import Sight, brief_messages, read_answer
 from graph.goals.schema import Aim, Brief, NewText, check_brief, count_new_text, follow_brief, keep_bounds, weigh_alike
 
 TEXT = {"code": "file:code.txt", "prose": "file:prose.txt"}

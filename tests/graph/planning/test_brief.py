@@ -32,12 +32,19 @@ from graph.planning.brief import (
 from graph.planning.budget import TokenBudget
 from graph.planning.choose import weigh_in_bounds
 from graph.planning.orders import Curves, describe_plan
-from graph.planning.past import MAX_PROBES, describe_experience, describe_notes, describe_probes, take_latest
+from graph.planning.past import (
+    MAX_PROBES,
+    describe_experience,
+    describe_notes,
+    describe_probes,
+    spell_out_plan,
+    take_latest,
+    write_plan,
+)
 from graph.planning.plan import Plan, drop_schema, find_schema, tell_of_cuts
 from graph.planning.prices import describe_prices
 from graph.planning.refinements import STRONG
 from graph.planning.situation import Situation
-from graph.planning.spelling import spell_out_plan, write_plan
 from graph.planning.table import MAX_ROWS, describe_groups, describe_layers
 from graph.planning.toolbox import note_probes
 from graph.reflecting.schema import MAX_NOTES, Experience, Lesson, Note

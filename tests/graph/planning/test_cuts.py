@@ -3,8 +3,7 @@
 import pytest
 
 from graph.config import RunConfig
-from graph.planning.cuts import order_cut
-from graph.planning.orders import describe_plan, hash_request
+from graph.planning.orders import describe_plan, hash_request, order_cut
 from graph.planning.plan import Plan
 from graph.planning.rule import find_relief, plan_by_rule
 from graph.planning.situation import Situation

@@ -8,10 +8,10 @@ from pydantic import ValidationError
 from graph.config import RunConfig
 from graph.planning.brief import planner_messages
 from graph.planning.orders import describe_plan, resolve
+from graph.planning.past import describe_bounds, describe_dense, describe_goal, describe_shares, describe_texts
 from graph.planning.plan import Plan, drop_schema, find_schema
 from graph.planning.recipes import find_recipe
 from graph.planning.refinements import STRONG
-from graph.planning.texts import describe_bounds, describe_dense, describe_goal, describe_shares, describe_texts
 from tests.situations import make_situation, make_trial
 from tools.plans.recipe import Recipe
 from tools.results.schema import TextFigures

@@ -4,9 +4,8 @@ import pytest
 
 from graph.config import RunConfig
 from graph.nodes.reflect import after_reflect
-from graph.planning.bounds import heed_facts
 from graph.planning.plan import Plan
-from graph.planning.verdict import decide_stop, judge
+from graph.planning.verdict import decide_stop, heed_facts, judge
 from graph.state import State
 from tests.situations import make_trial
 from tools.measure.recall import Retention

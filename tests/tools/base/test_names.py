@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tools.base.names import HubText, hide_directories, hide_path, name_source, parse_hub
+from tools.base.named import HubText, hide_directories, hide_path, name_source, parse_hub
 from tools.texts.sources import check_source
 
 

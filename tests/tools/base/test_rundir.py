@@ -13,13 +13,15 @@ import pytest
 
 from tools.base.errors import DamagedFile, UserError
 from tools.base.files import write_json
-from tools.base.made import FORMAT, read_config_values, read_made
 from tools.base.rundir import (
+    FORMAT,
     LAST,
     RUNS_DIR_VARIABLE,
     append_event,
     check_log,
     lock_run,
+    read_config_values,
+    read_made,
     rewrite_log,
     runs_directory,
     scan_events,

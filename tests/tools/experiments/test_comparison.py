@@ -13,7 +13,7 @@ from rich.console import Console
 
 import tools.base.files
 import tools.experiments.comparison
-import tools.measure.speeds
+import tools.measure.continuations
 import tools.results.comparison
 import tools.surgery.published
 import tools.workbench.curves
@@ -227,7 +227,7 @@ def test_a_budget_too_small_for_one_generation_leaves_it_uniform(
 def test_structured_rows_are_what_tools_structure_gives(
     tiny_llama: Path, tmp_path: Path, no_plot: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tools.measure.speeds, "REPEATS", 1)
+    monkeypatch.setattr(tools.measure.continuations, "REPEATS", 1)
     labels = ["structured:depth", "structured+refit:depth", "structured:equal", "structured+refit:equal"]
     settings = make_settings(tiny_llama, tmp_path / "out", recipes=",".join(labels), sparsity="0.5,2:4")
     try:
@@ -699,7 +699,7 @@ def test_a_polish_behind_the_row_that_it_stands_on_prunes_no_layer_again(
 def test_a_row_with_a_polish_says_on_how_many_tokens_and_in_how_many_seconds(
     tiny_llama: Path, tmp_path: Path, no_plot: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tools.polish.optimisers.RATE", 3e-3)
+    monkeypatch.setattr("tools.polish.loop.RATE", 3e-3)
     settings = make_settings(
         tiny_llama, tmp_path / "out", recipes="two-sided:kappa,two-sided+polish:kappa", polish_tokens=128
     )

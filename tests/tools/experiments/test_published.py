@@ -6,8 +6,7 @@ import torch
 from billhook_kernels.guard import row_errors
 from billhook_kernels.masks import keep_highest, keep_highest_of_rows
 from billhook_kernels.obs import prune_obs
-from tools.experiments.published import prune_as_published, remove_by_sort
-from tools.experiments.speed import make_layer
+from tools.experiments.speed import make_layer, prune_as_published, remove_by_sort
 
 
 @pytest.mark.parametrize("shape", [(96, 128), (64, 160), (48, 300)])

@@ -10,11 +10,11 @@ import pytest
 from tests.tasks import ask
 from tools.base.errors import UserError
 from tools.measure import tasks
-from tools.measure.own_tasks import find_own_tasks
+from tools.measure.benchmarks import find_own_tasks
 
 SUMS = """
 from tools.base.errors import UserError
-from tools.measure.own_tasks import OwnTask
+from tools.measure.benchmarks import OwnTask
 
 def check(settings):
     if settings.limit > 3:

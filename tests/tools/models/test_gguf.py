@@ -14,7 +14,7 @@ from tools import export
 from tools.base.errors import UserError
 from tools.models.gguf import list_changed, write_gguf
 from tools.models.load import load_model
-from tools.models.source import map_source
+from tools.models.mapped import map_source
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 

@@ -13,11 +13,10 @@ from torch import Tensor
 from tests.benches import ignore, open_bench, prune, same, snapshot
 from tests.hub_server import HubServer, Repository
 from tests.tiny import convert_here, make_tiny_model, save_tiny_gguf, save_tiny_model, tiny_settings
-from tools.models import source, streamed
+from tools.models import mapped, streamed
 from tools.models.layers import find_layers
 from tools.models.load import load_model
-from tools.models.mapped import Mapped, map_tensors
-from tools.models.source import list_in_source, map_dense, map_source
+from tools.models.mapped import Mapped, list_in_source, map_dense, map_source, map_tensors
 from tools.models.streamed import find_stream
 
 
@@ -31,7 +30,7 @@ def copied(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         names.extend(given)
         return map_tensors(given.items(), directory)
 
-    monkeypatch.setattr(source, "map_tensors", copy)
+    monkeypatch.setattr(mapped, "map_tensors", copy)
     return names
 
 

@@ -8,7 +8,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from tools.models.tensor_file import Form, write_tensors
+from tools.models.unfinished import Form, write_tensors
 
 TENSORS = {
     "flags": torch.tensor([True, False, True]),

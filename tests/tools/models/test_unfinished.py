@@ -7,7 +7,7 @@ import torch
 
 import tools.models.unfinished
 from tests.benches import damage
-from tools.measure.kept_states import StateFiles, forget_states
+from tools.measure.losses import StateFiles, forget_states
 from tools.models.unfinished import UNFINISHED, KeptFiles, Marks, forget_files
 
 

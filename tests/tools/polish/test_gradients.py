@@ -11,8 +11,7 @@ from tests.tiny import VOCABULARY, make_tiny_model
 from tools.models.blocks import Blocks
 from tools.models.layers import Layer, find_layers
 from tools.models.readout import compute_hidden
-from tools.polish.gradients import KL, Divergence
-from tools.polish.survivors import Survivors
+from tools.polish.gradients import KL, Divergence, Survivors
 from tools.statistics.shards import join_nodes, list_nodes, sum_node
 
 WINDOWS = torch.randint(1, VOCABULARY, (3, 10), generator=torch.Generator().manual_seed(1))

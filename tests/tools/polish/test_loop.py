@@ -14,10 +14,8 @@ from tools.base.errors import BrokenPlan
 from tools.base.progress import Stopped, heed_stop, ignore_progress, stop_at
 from tools.models.layers import Layer, find_layers
 from tools.plans.polish import Means, Schedule
-from tools.polish.gradients import KL
-from tools.polish.loop import Kept, Polish, Standing
-from tools.polish.optimisers import Adam
-from tools.polish.survivors import Survivors
+from tools.polish.gradients import KL, Survivors
+from tools.polish.loop import Adam, Kept, Polish, Standing
 from tools.statistics.shards import Sums
 
 SCHEDULE = Schedule([[0, 1], [2], [1, 0], [2]], [3], [1, 2, 3, 4], [2, 4])
@@ -95,7 +93,7 @@ def test_every_step_and_measure_is_done_once_in_its_turn_and_the_lowest_is_kept(
 
 
 def test_what_never_gets_better_ends_early_and_keeps_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tools.polish.optimisers.RATE", 1e4)  # far beyond where it should be
+    monkeypatch.setattr("tools.polish.loop.RATE", 1e4)  # far beyond where it should be
     steps = [[0]] * 20
     polish, _ = begin(schedule=Schedule(steps, [0], list(range(1, 21)), [20]))
     standing = polish.run()

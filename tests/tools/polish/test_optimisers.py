@@ -7,8 +7,8 @@ import torch
 from tests.tiny import make_tiny_model
 from tools.base.errors import BrokenPlan
 from tools.models.layers import find_layers
-from tools.polish.optimisers import RATE, Adam, Step, find_rate, round_by_chance
-from tools.polish.survivors import Survivors
+from tools.polish.gradients import Survivors
+from tools.polish.loop import RATE, Adam, Step, find_rate, round_by_chance
 
 
 def test_adam_is_that_of_its_paper_its_rate_relative_to_the_size_of_a_layers_survivors() -> None:

@@ -8,7 +8,7 @@ import torch
 
 from tests.tiny import make_tiny_model
 from tools.models.layers import Layer, find_layers
-from tools.polish.survivors import STATE_SHARE, Place, Survivors, count_state_bytes, place_state
+from tools.polish.gradients import STATE_SHARE, Place, Survivors, count_state_bytes, place_state
 
 
 def prune_some() -> list[Layer]:
@@ -69,7 +69,7 @@ def test_on_a_cpu_it_is_by_what_is_free_there(short: int, means: str, monkeypatc
     layers = prune_some()
     kept = sum(int((layer.weight_OI != 0).sum()) for layer in layers)
     free = int(kept * count_state_bytes(4, "fp32") / STATE_SHARE)
-    monkeypatch.setattr("tools.polish.survivors.count_free", lambda: free - short)
+    monkeypatch.setattr("tools.polish.gradients.count_free", lambda: free - short)
     assert Survivors(layers).place.means == means
     assert count_state_bytes(4, "fp32") - count_state_bytes(4, "bf16") == 4
 

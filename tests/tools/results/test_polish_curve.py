@@ -7,8 +7,8 @@ import matplotlib.image
 
 from tests.comparisons import make_comparison, make_row, make_settings
 from tools.results.comparison import Row, describe, write_comparison
-from tools.results.polish_curve import Point, list_curves
 from tools.results.schema import Polished
+from tools.results.sparsity_curve import Point, list_curves
 
 
 def make_polished(tokens: int, kl: float | None, sparsity: float = 0.6, recipe: str = "refit", **changes: Any) -> Row:

@@ -26,10 +26,10 @@ from tools.models.readout import compute_hidden, compute_logits
 from tools.plans.layer_profile import LEVELS
 from tools.statistics.collect import Progress, collect_moments, collect_statistics, measure_kappa
 from tools.statistics.extent import work_alone
-from tools.statistics.flow import CLIP
+from tools.statistics.gradients import CLIP
 from tools.statistics.known import PRIOR, ModelStatistics
+from tools.statistics.passage import Walk
 from tools.statistics.requests import Here
-from tools.statistics.walk import Walk
 
 SCRATCH = Path(tempfile.gettempdir())
 WINDOWS, LENGTH, BACKWARD, SEED = 3, 20, 2, 5

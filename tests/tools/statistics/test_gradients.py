@@ -13,8 +13,8 @@ from tools.models.blocks import Blocks
 from tools.models.layers import find_layers
 from tools.statistics import walks
 from tools.statistics.gradients import LARGEST, Gradient, bring_near, flow_back, scale_losses
+from tools.statistics.passage import Walk
 from tools.statistics.shards import Sums
-from tools.statistics.walk import Walk
 from tools.statistics.walks import Walks
 
 LENGTH = 2048

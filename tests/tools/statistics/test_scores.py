@@ -8,7 +8,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tools.statistics.scores import (
+from tools.statistics.table import (
     compute_z_scores,
     fit_tail,
     measure_alpha,

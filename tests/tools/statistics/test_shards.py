@@ -13,6 +13,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tools.statistics.moments import Waiting
 from tools.statistics.shards import (
     SHARDS,
     Aside,
@@ -25,7 +26,6 @@ from tools.statistics.shards import (
     share_out,
     sum_node,
 )
-from tools.statistics.waiting import Waiting
 
 
 @given(st.integers(1, 200))
@@ -68,7 +68,7 @@ def test_the_sum_is_the_same_bits_however_many_share_it(shards: int, workers: in
                 yield node, sum_node(node, leaf)
 
     alone, shared = sum_node((0, shards), leaf), join_nodes((0, shards), dict(nodes()))
-    with TemporaryDirectory() as scratch, patch("tools.statistics.waiting.has_room", side_effect=cycle([True, False])):
+    with TemporaryDirectory() as scratch, patch("tools.statistics.moments.has_room", side_effect=cycle([True, False])):
         aside = [sum_node((0, shards), leaf, partial(Waiting, scratch=Path(scratch))) for _ in range(2)]
         assert list(Path(scratch).iterdir()) == []
     for found in (shared, *aside):
@@ -90,7 +90,7 @@ def test_few_nodes_make_up_a_span() -> None:
 @given(st.integers(1, SHARDS), st.integers(1, 12))
 def test_how_many_sums_are_held_at_once(shards: int, workers: int) -> None:
     check_held(shards, workers, None)
-    with TemporaryDirectory() as scratch, patch("tools.statistics.waiting.has_room", return_value=False):
+    with TemporaryDirectory() as scratch, patch("tools.statistics.moments.has_room", return_value=False):
         check_held(shards, workers, partial(Waiting, scratch=Path(scratch)))
 
 

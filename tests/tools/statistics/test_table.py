@@ -13,8 +13,7 @@ from tools.models.blocks import Blocks
 from tools.models.layers import find_layers
 from tools.statistics.collect import collect_statistics
 from tools.statistics.extent import work_alone
-from tools.statistics.scores import measure_peak
-from tools.statistics.table import build_profile
+from tools.statistics.table import build_profile, measure_peak
 
 
 def test_the_table_of_layers(tmp_path: Path) -> None:

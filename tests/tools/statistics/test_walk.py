@@ -2,7 +2,7 @@
 
 import torch
 
-from tools.statistics.walk import Walk, mark_text, split_texts
+from tools.statistics.passage import Walk, mark_text, split_texts
 
 
 def test_one_text_counts_whole_and_has_no_mark() -> None:

@@ -10,8 +10,8 @@ import torch
 from tests.tiny import BLOCKS, VOCABULARY, make_tiny_model
 from tools.models.blocks import Blocks
 from tools.models.layers import find_layers
+from tools.statistics.passage import Walk
 from tools.statistics.shards import Span
-from tools.statistics.walk import Walk
 from tools.statistics.walks import Walks
 
 WINDOWS, GRADIENT = 9, 5

@@ -31,9 +31,8 @@ from tools.estimate.memory import Course
 from tools.models.disk import list_disk, plan_disk
 from tools.plans.recipe import parse_recipe
 from tools.plans.work_order import order_allocation
-from tools.workbench.bench import Workbench
+from tools.workbench.bench import Workbench, fit_disk
 from tools.workbench.open import close_workbench
-from tools.workbench.room import fit_disk
 from tools.workbench.store import DENSE
 
 BLOCKS = 4

@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 
 import tools.plans.polish
+import tools.polish.gradients
 import tools.polish.loop
-import tools.polish.optimisers
-import tools.polish.survivors
 from tests.benches import (
     REFIT,
     WANDA,
@@ -30,9 +29,8 @@ from tools.plans.allocate import allocate
 from tools.plans.mix import mix_questions
 from tools.plans.recipe import Adjustment, Recipe
 from tools.plans.work_order import WorkOrder, order_allocation
-from tools.polish.gradients import Divergence
+from tools.polish.gradients import Divergence, Vectors
 from tools.polish.loop import Polish, Standing
-from tools.polish.survivors import Vectors
 from tools.workbench.bench import Workbench
 from tools.workbench.open import close_workbench
 from tools.workbench.store import DENSE
@@ -45,7 +43,7 @@ TOKENS = 64 * 12
 def small_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     """Three steps a pass, which move weights far enough for a tiny model."""
     monkeypatch.setattr(tools.plans.polish, "STEP_TOKENS", 128)
-    monkeypatch.setattr(tools.polish.optimisers, "RATE", 3e-3)
+    monkeypatch.setattr(tools.polish.loop, "RATE", 3e-3)
 
 
 @pytest.fixture
@@ -130,7 +128,7 @@ def test_without_a_polish_everything_is_called_what_it_was(bench: Workbench) -> 
 
 
 def test_what_never_gets_better_stays_as_it_was(bench: Workbench, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tools.polish.optimisers, "RATE", 3.0)
+    monkeypatch.setattr(tools.polish.loop, "RATE", 3.0)
     profile, warnings = bench.profile(ignore), []
     before = bench.pruner.prune(profile, order(bench, profile, tokens=0), ignore)
     bits = snapshot(bench)
@@ -181,7 +179,7 @@ SCARCE = "too little memory for the means of the polish in fp32: they are bf16"
 
 def free_memory(monkeypatch: pytest.MonkeyPatch, size: int) -> None:
     """As if so many bytes of it were free when a polish begins."""
-    monkeypatch.setattr(tools.polish.survivors, "count_free", lambda: size)
+    monkeypatch.setattr(tools.polish.gradients, "count_free", lambda: size)
 
 
 def hold_state(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Vectors]]:

@@ -9,7 +9,7 @@ import torch
 
 import tools.measure.recall
 import tools.plans.polish
-import tools.polish.optimisers
+import tools.polish.loop
 from tests.benches import SEQUENTIAL, ignore, open_bench, plan, prune, same, snapshot
 from tests.named import name_texts, watch_polish
 from tests.rows import write_questions
@@ -145,7 +145,7 @@ def test_what_named_texts_do_not_have_is_refused_in_one_line(named: Workbench) -
 @pytest.mark.usefixtures("raw_gamma")
 def test_a_polish_weighs_windows_and_workers_polish_alike(named: Workbench, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tools.plans.polish, "STEP_TOKENS", 128)
-    monkeypatch.setattr(tools.polish.optimisers, "RATE", 3e-3)
+    monkeypatch.setattr(tools.polish.loop, "RATE", 3e-3)
 
     def polish(bench: Workbench) -> str:
         profile = bench.profile(ignore)

@@ -9,7 +9,7 @@ import pytest
 
 import tools.measure.losses
 import tools.measure.recall
-import tools.statistics.flow
+import tools.statistics.gradients
 import tools.statistics.moments
 import tools.statistics.walks
 import tools.workbench.curves
@@ -86,9 +86,9 @@ def test_a_profile_goes_on_at_the_block_where_it_was(
         assert (bench.profile(ignore), prune(bench, first, 0.4)) == (first, checkpoint)
     walks, event = tools.statistics.walks, Event()
     sums = stopping(tools.statistics.moments, "add_second_moment", Event())
-    curves = stopping(tools.statistics.flow, "squared_loss_changes", Event())
+    curves = stopping(tools.statistics.gradients, "squared_loss_changes", Event())
     owner, _, function = name.rpartition(".")
-    calls = stopping(getattr(walks, owner) if owner else tools.statistics.flow, function, event, at)
+    calls = stopping(getattr(walks, owner) if owner else tools.statistics.gradients, function, event, at)
     with stop_at(event), pytest.raises(Stopped):
         bench.profile(ignore, first if second else "")
     assert len(calls) == at, "not one window or layer more was begun"
@@ -107,7 +107,7 @@ def test_workers_or_others_go_on_with_what_is_known_of_blocks(
     gather_teams(monkeypatch)
     shared = open_bench(tiny_settings(bench.settings.model, workers="2"), tmp_path / "shared")
     event = Event()
-    curves = stopping(tools.statistics.flow, "squared_loss_changes", event, 2 * 7)
+    curves = stopping(tools.statistics.gradients, "squared_loss_changes", event, 2 * 7)
     with stop_at(event), pytest.raises(Stopped):  # a worker knows of no stop, and ends with the block
         shared.profile(ignore)
     close_workbench()
@@ -119,7 +119,7 @@ def test_workers_or_others_go_on_with_what_is_known_of_blocks(
 def test_what_is_known_of_other_settings_or_damaged_is_not_taken(bench: Workbench, stopping: Count) -> None:
     other = bench.settings.model_copy(update={"seed": 1})
     event = Event()
-    stopping(tools.statistics.flow, "squared_loss_changes", event, 10)
+    stopping(tools.statistics.gradients, "squared_loss_changes", event, 10)
     with stop_at(event), pytest.raises(Stopped):
         bench.profile(ignore)
     close_workbench()

@@ -11,9 +11,9 @@ from typing import Any
 import yaml
 
 from tools.base.errors import UserError
-from tools.base.names import path_of
+from tools.base.named import path_of
 from tools.base.settings import TaskSettings
-from tools.measure.own_tasks import OwnTask, hash_files
+from tools.measure.benchmarks import OwnTask, hash_files
 from tools.texts.questions import Question, check_questions, read_questions
 
 

@@ -9,9 +9,9 @@ from pydantic import BaseModel, Field, ValidationError
 
 from tools.base.errors import UserError
 from tools.base.hub import look_at_hub
-from tools.base.names import path_of
+from tools.base.named import path_of
 from tools.base.settings import TaskSettings
-from tools.measure.own_tasks import OwnTask, hash_files
+from tools.measure.benchmarks import OwnTask, hash_files
 
 
 def check(settings: TaskSettings) -> None:

@@ -8,8 +8,7 @@ from pydantic import BaseModel, Field, FiniteFloat, TypeAdapter, ValidationError
 
 from tools.base.errors import DamagedArtifact, UserError, in_one_line
 from tools.base.files import find_artifact
-from tools.base.made import read_config_values, read_made, read_result
-from tools.base.rundir import check_log, refuse_lost_result, scan_events
+from tools.base.rundir import check_log, read_config_values, read_made, read_result, refuse_lost_result, scan_events
 from tools.plans.layer_profile import LayerProfile
 from tools.results.schema import Summary, Usage
 from tools.results.trial import Measured, Trial
