@@ -9,7 +9,7 @@ from tools.base.progress import ignore_progress
 from tools.base.settings import TaskSettings
 from tools.measure.benchmarks import load_benchmarks
 from tools.measure.harness import run_benchmark
-from tools.results.scores import Result
+from tools.results.losses import Result
 
 SUBJECTS = ("abstract_algebra", "us_foreign_policy")
 

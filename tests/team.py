@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import pytest
 from torch import Tensor
 
-import tools.workbench.crew
+import tools.workbench.losses
 from tools.measure.losses import limit_prefix
 from tools.models.load import load_model
 from tools.models.streamed import find_stream
@@ -118,5 +118,5 @@ def gather_teams(monkeypatch: pytest.MonkeyPatch) -> list[Team]:
         teams.append(Team(settings, texts, source, model, kept_in=scratch))
         return teams[-1]
 
-    monkeypatch.setattr(tools.workbench.crew, "Cluster", gather)
+    monkeypatch.setattr(tools.workbench.losses, "Cluster", gather)
     return teams

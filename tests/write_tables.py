@@ -7,7 +7,7 @@ from typing import NamedTuple
 from tools.base.settings import TEXT_FORMS
 from tools.measure.benchmarks import find_own_tasks
 from tools.plans.methods import METHODS
-from tools.plans.registry import Named, list_named
+from tools.plans.recipe import Named, list_named
 from tools.plans.rules import ALLOCATIONS, WAYS_OF_PARTS
 from tools.texts.sources import SOURCES
 

@@ -13,10 +13,19 @@ from rich.console import Console
 
 from graph.ablation.arms import Arm, choose, make_config, price_recipe
 from graph.ablation.graph_arms import list_shared_flags, run_graph
-from graph.ablation.rows import Ablation, Profiled, Row, conclude, judge_perplexity, judge_row
+from graph.ablation.rows import (
+    Ablation,
+    Profiled,
+    Row,
+    conclude,
+    judge_perplexity,
+    judge_row,
+    list_settings,
+    measure_checkpoint,
+    measure_dense,
+)
 from graph.ablation.settings import CHAT, FIXED, GRAPH, AblateSettings, list_arms, list_seeds
 from graph.ablation.tables import describe_row, write_tables
-from graph.ablation.unseen import list_settings, measure_checkpoint, measure_dense
 from graph.checks import check_budget
 from tools.base.console import print_line, show_bars
 from tools.base.errors import BrokenPlan, UserError

@@ -6,9 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from graph.ablation.rows import Row, judge_perplexity, judge_row
+from graph.ablation.rows import Row, judge_perplexity, judge_row, measure_exported
 from graph.ablation.settings import CHAT, GRAPH, TOLD, AblateSettings
-from graph.ablation.unseen import measure_exported
 from graph.config import HEURISTIC
 from tools.base.errors import UserError
 from tools.base.options import REFUSED

@@ -12,8 +12,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from graph.config import HEURISTIC, RunConfig, read_prompt
 from graph.goals.schema import Brief, check_brief, count_allowed, weigh_alike
 from graph.llm.ask import CallRecord, KeepPrompt, Reply, ask
+from graph.llm.attempts import UNMETERED, Meter
 from graph.llm.ladder import AgentError, describe_schema
-from graph.llm.metering import UNMETERED, Meter
 from graph.llm.models import open_model
 from graph.llm.quoting import data_block, quote_data
 from graph.llm.spending import Account, CapReached

@@ -4,7 +4,7 @@ from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING
 
 from graph.config import RunConfig
-from graph.planning.kept_orders import find_order
+from graph.planning.orders import find_order
 from graph.planning.plan import Plan
 from graph.runs.session import Session
 from graph.state import State

@@ -20,6 +20,7 @@ from langchain_core.messages import AIMessage, AnyMessage, HumanMessage
 from pydantic import BaseModel, Field
 
 from graph.llm.answers import READ_LIMIT, REASON_LIMIT, T, clean, drop_thinking, explain, find_prose, parse_reply
+from graph.llm.attempts import UNMETERED, Meter, count_answer
 from graph.llm.ladder import (
     ANSWER_LIMIT,
     DeadEnd,
@@ -31,7 +32,6 @@ from graph.llm.ladder import (
     remember_rung,
     send,
 )
-from graph.llm.metering import UNMETERED, Meter, count_answer
 from graph.llm.quoting import quote_data
 from graph.llm.toolbox import Toolbox, ToolCall, do_now, dump
 from tools.base.secrets import redact

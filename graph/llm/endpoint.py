@@ -14,8 +14,8 @@ from openai import DefaultHttpxClient
 from pydantic import SecretStr
 
 from graph.config import RunConfig
+from graph.llm.attempts import describe_terms
 from graph.llm.keys import ANY_KEY, Key, find_openai, is_loopback, name_variable, read_key
-from graph.llm.metering import describe_terms
 
 SENT_ELSEWHERE = frozenset(
     ("accept", "accept-encoding", "authorization", "connection", "content-length", "content-type", "host", "user-agent")

@@ -20,8 +20,8 @@ from langchain_core.outputs import ChatGeneration, ChatResult
 from pydantic import PrivateAttr
 
 from graph.llm.answers import READ_LIMIT
+from graph.llm.attempts import describe_terms
 from graph.llm.ladder import Method
-from graph.llm.metering import describe_terms
 from tools.base.files import explain_unwritable, write_text
 from tools.base.progress import Progress, heed_stop
 

@@ -14,8 +14,7 @@ from langchain_core.messages import AIMessage, AnyMessage, HumanMessage, SystemM
 from langchain_core.runnables import Runnable
 from pydantic import BaseModel
 
-from graph.llm.attempts import Answer, Attempts, Failure
-from graph.llm.metering import Meter
+from graph.llm.attempts import Answer, Attempts, Failure, Meter
 from graph.llm.toolbox import Toolbox, ToolCall, dump
 from tools.base.secrets import redact
 from tools.base.words import count, one_line, shorten

@@ -19,8 +19,8 @@ from langchain_core.outputs import ChatGeneration, ChatResult
 from pydantic import PrivateAttr
 
 from graph.config import RunConfig
+from graph.llm.attempts import describe_terms
 from graph.llm.ladder import Method
-from graph.llm.metering import describe_terms
 from tools.base.errors import UserError
 from tools.models.load import load_model, locate_model
 from tools.models.positions import count_positions

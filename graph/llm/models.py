@@ -14,11 +14,11 @@ from pydantic import SecretStr
 
 from graph.checks import check_prices
 from graph.config import HEURISTIC, MODEL_WORDS, RunConfig
+from graph.llm.attempts import describe_terms
 from graph.llm.exchange import check_exchange, open_exchange
 from graph.llm.keys import check_key, name_variable
 from graph.llm.ladder import AgentError
 from graph.llm.local import check_local, open_local
-from graph.llm.metering import describe_terms
 from tools.base.errors import UserError
 from tools.base.progress import Progress, ignore_progress
 from tools.base.secrets import redact

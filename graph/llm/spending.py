@@ -10,10 +10,9 @@ from pydantic import BaseModel
 from graph.checks import check_prices
 from graph.config import Agent, RunConfig
 from graph.llm.ask import CallRecord, Reply
+from graph.llm.attempts import FailedRequest
 from graph.llm.ladder import AgentError, DeadEnd
-from graph.llm.metering import FailedRequest
-from graph.runs.session import Session
-from graph.runs.tasks import do_once
+from graph.runs.session import Session, do_once
 from tools.base.rundir import scan_events
 from tools.results.schema import Usage
 

@@ -13,8 +13,7 @@ import sys
 from langgraph.store.base import BaseStore, SearchItem
 
 from graph.memory.experience import average, order_row
-from graph.memory.items import EXPERIENCE, LESSONS, NOTES, ROOMS, delete_items, find_models, runs_of
-from graph.memory.lessons import group_items
+from graph.memory.lessons import EXPERIENCE, LESSONS, NOTES, ROOMS, delete_items, find_models, group_items, runs_of
 from graph.persistence import STATE_VARIABLE, explain_damaged_state, open_store, state_url
 from graph.persistence.sqlite import database
 from graph.planning.past import count_rounds, list_rows

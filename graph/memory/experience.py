@@ -8,7 +8,7 @@ from statistics import fmean, stdev
 from langgraph.store.base import BaseStore
 
 from graph.config import RunConfig
-from graph.memory.items import EXPERIENCE, find_models, is_relative, keep_latest
+from graph.memory.lessons import EXPERIENCE, find_models, is_relative, keep_latest
 from graph.reflecting.schema import Experience, Tried
 
 KEPT = 300

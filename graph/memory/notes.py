@@ -3,7 +3,7 @@
 from langgraph.store.base import BaseStore
 
 from graph.config import RunConfig
-from graph.memory.items import NOTES, find_items, keep_latest
+from graph.memory.lessons import NOTES, find_items, keep_latest
 from graph.reflecting.schema import Note
 
 KEPT = 12

@@ -11,12 +11,11 @@ from graph.config import HEURISTIC, RunConfig
 from graph.goals.schema import follow_new_texts
 from graph.nodes.profile import measure_dense
 from graph.planning.budget import TokenBudget, find_lateness, open_budget
-from graph.planning.choose import choose_plan
-from graph.planning.new_texts import count_new_tokens, fit_to_new_texts, list_unwritten
+from graph.planning.choose import choose_plan, note_probes, open_toolbox
 from graph.planning.orders import record_plan
 from graph.planning.plan import Plan
+from graph.planning.recipes import count_new_tokens, fit_to_new_texts, list_unwritten
 from graph.planning.situation import Situation, gather_situation, resolve_plan
-from graph.planning.toolbox import note_probes, open_toolbox
 from graph.planning.verdict import decide_stop, is_unmeasured, record_breakage
 from graph.runs.replay import find_breakage, find_plan
 from graph.runs.session import Session, enter, open_bench

@@ -5,8 +5,7 @@ from typing import TYPE_CHECKING, Any
 from langgraph.runtime import Runtime
 
 from graph.config import RunConfig
-from graph.planning.kept_orders import find_kept, resolve_again
-from graph.planning.orders import hash_request
+from graph.planning.orders import find_kept, hash_request, resolve_again
 from graph.planning.verdict import Verdict, accepted_trial, heed_bounds, heed_facts, judge, record_breakage
 from graph.runs.session import Session, enter, open_bench
 from graph.state import State

@@ -22,7 +22,7 @@ from psycopg.conninfo import conninfo_to_dict
 from psycopg.rows import DictRow, dict_row
 from psycopg_pool import AsyncConnectionPool, ConnectionPool
 
-from graph.persistence.saved import TellingSaver
+from graph.persistence.serializer import TellingSaver
 from tools.base.errors import UserError
 
 FORM = "postgresql://HOST:PORT/DATABASE, with USER:PASSWORD@ before the host; write / @ : in a password as %2F %40 %3A"

@@ -14,7 +14,7 @@ from langgraph.checkpoint.sqlite import SqliteSaver
 from langgraph.checkpoint.sqlite.aio import AsyncSqliteSaver
 from langgraph.store.sqlite import AsyncSqliteStore, SqliteStore
 
-from graph.persistence.saved import TellingSaver
+from graph.persistence.serializer import TellingSaver
 from tools.base.errors import UserError, in_one_line
 
 # A writer holds the file for milliseconds; a minute of waiting means a disk or a process that hangs.

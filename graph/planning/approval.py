@@ -14,8 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from graph.llm.answers import explain
 from graph.planning.choose import weigh_in_bounds
-from graph.planning.kept_orders import find_order, keep_order
-from graph.planning.orders import describe_plan
+from graph.planning.orders import describe_plan, find_order, keep_order
 from graph.planning.plan import WORDS, Plan
 from graph.planning.situation import gather_situation, resolve_plan
 from graph.runs.session import Session, open_bench

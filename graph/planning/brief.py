@@ -16,8 +16,8 @@ from langchain_core.messages import AnyMessage, HumanMessage, SystemMessage
 from graph.config import RunConfig, read_prompt
 from graph.goals.schema import count_allowed
 from graph.llm.ask import CallRecord, KeepPrompt, Reply, ask
+from graph.llm.attempts import UNMETERED, Meter
 from graph.llm.ladder import describe_schema
-from graph.llm.metering import UNMETERED, Meter
 from graph.llm.quoting import data_block, quote_data, quote_words
 from graph.llm.toolbox import Toolbox, do_now
 from graph.planning.past import (

@@ -6,9 +6,8 @@ from dataclasses import dataclass, field, replace
 
 from graph.config import RunConfig
 from graph.goals.schema import follow_new_texts
-from graph.planning.new_texts import count_new_tokens, fit_to_new_texts, list_unwritten
 from graph.planning.plan import Plan
-from graph.planning.recipes import list_recipes
+from graph.planning.recipes import count_new_tokens, fit_to_new_texts, list_recipes, list_unwritten
 from graph.state import State
 from tools.instruments.probed import Probed, count_rest
 from tools.plans.costs import count_profile, list_curve_costs, list_order_costs

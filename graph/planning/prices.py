@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from graph.config import RunConfig
 from graph.planning.budget import TokenBudget
-from graph.planning.new_texts import count_new_tokens
 from graph.planning.plan import Plan
+from graph.planning.recipes import count_new_tokens
 from graph.planning.situation import Situation
 from tools.base.words import round_seconds
 from tools.instruments.probed import count_rest, find_known

@@ -7,11 +7,10 @@ from typing import TYPE_CHECKING
 
 from graph.config import RunConfig
 from graph.planning.budget import TokenBudget
-from graph.planning.kept_orders import keep_order
-from graph.planning.new_texts import count_left
-from graph.planning.orders import Curves, Orders, hash_request, measure_with, read_curves
+from graph.planning.orders import Curves, Orders, hash_request, keep_order, measure_with, read_curves
 from graph.planning.past import take_latest
 from graph.planning.plan import Plan
+from graph.planning.recipes import count_left
 from graph.reflecting.schema import Experience, Lesson, Note
 from graph.state import State, last_accepted
 from tools.instruments.probed import PastProbe

@@ -2,33 +2,43 @@
 
 import json
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 from langchain_core.language_models import BaseChatModel
 from langchain_core.messages import AnyMessage, HumanMessage, SystemMessage
 from pydantic import BaseModel
 
-from graph.config import RunConfig, read_prompt
+from graph.config import HEURISTIC, RunConfig, read_prompt
 from graph.llm.ask import CallRecord, KeepPrompt, Reply, ask
-from graph.llm.ladder import describe_schema
-from graph.llm.metering import UNMETERED, Meter
+from graph.llm.attempts import UNMETERED, Meter
+from graph.llm.ladder import AgentError, DeadEnd, describe_schema
+from graph.llm.models import open_model
 from graph.llm.quoting import data_block, quote_data
+from graph.llm.spending import Account, CapReached
 from graph.llm.toolbox import do_now
 from graph.planning.brief import describe_change, describe_facts
+from graph.planning.budget import open_budget
 from graph.planning.orders import group_kl
 from graph.planning.past import describe_notes, describe_probes, describe_texts
 from graph.planning.plan import MOST_HYPOTHESIS, Plan
+from graph.planning.recipes import find_recipe, gather_layers
 from graph.planning.table import describe_parts
 from graph.reflecting.notes import check_evidence
-from graph.reflecting.rule import WORD, Evidence
+from graph.reflecting.rule import WORD, Evidence, draw_lesson
 from graph.reflecting.schema import MAX_LEARNT, MOST, Lesson, Reflection, drop_schema, tell_of_cuts
-from graph.state import pair_with_kept
+from graph.runs.session import Session, open_bench
+from graph.state import State, last_accepted, pair_with_kept
 from tools.base.named import hide_directories
 from tools.base.words import show_short
 from tools.plans.budget import same_sparsity
 from tools.plans.groups import describe_group
-from tools.plans.layer_profile import group_layers
-from tools.plans.selectors import select_layers
+from tools.plans.layer_profile import group_layers, select_layers
+from tools.results.schema import Usage
 from tools.results.trial import Trial
+
+if TYPE_CHECKING:
+    from tools.workbench.bench import Workbench
+
 
 MAX_GROUP_LINES = 60
 """Groups of layers whose share of a trial's predicted KL a reflector is told."""
@@ -205,3 +215,78 @@ def _describe_rest(evidence: Evidence) -> str:
     idle = trial.iteration - best.iteration
     end = f"; the run ends by itself at {config.patience}" if config.patience <= rounds else ""
     return f"{text} Rounds without an improvement: {idle}{end}."
+
+
+def gather_evidence(state: State, session: Session) -> Evidence:
+    """What the last trial was, and what the rule makes of it, which is nothing where parts go."""
+    assert state.plan is not None and state.dense is not None, "plan and profile run first"
+    trial, before = state.trials[-1], last_accepted(state.trials[:-1])
+    with open_bench(state, session) as bench:
+        known = _read_parts(bench, state) if state.parts else _read_layers(bench, state, session, trial, before)
+    return Evidence(
+        config=state.config,
+        run=state.run,
+        recipe=find_recipe(state.plan, state.config),
+        plan=state.plan,
+        trial=trial,
+        dense=state.dense,
+        before=before,
+        trials=state.trials[:-1],
+        notes=state.notes,
+        probes=state.probes,
+        rounds=open_budget(state).count_rounds(state.iteration),
+        **known,
+    )
+
+
+def _read_parts(bench: "Workbench", state: State) -> dict[str, Any]:
+    """What is known where parts go."""
+    nothing: dict[str, Any] = {"layers": (), "sparsity": {}, "before_sparsity": {}, "lessons": (), "measured": None}
+    return nothing | {"parts": bench.cuts.read(state.parts)}
+
+
+def _read_layers(
+    bench: "Workbench", state: State, session: Session, trial: Trial, before: Trial | None
+) -> dict[str, Any]:
+    """What is known of layers, and the rule's lesson."""
+    assert state.plan is not None, "gather_evidence has seen to it"
+    layers = gather_layers(
+        state.plan, state.config, lambda recipe: bench.curves.describe_layers(state.profile, recipe, session.progress)
+    )
+    profile = bench.profiles.read(state.profile).layers
+    sparsity = bench.pruner.planned_sparsity(trial.checkpoint)
+    before_sparsity = bench.pruner.planned_sparsity(before.checkpoint if before else "dense")
+    return {
+        "layers": layers,
+        "sparsity": sparsity,
+        "before_sparsity": before_sparsity,
+        "lessons": state.lessons,
+        "measured": draw_lesson(state.run, layers, trial, sparsity, before, before_sparsity, profile),
+    }
+
+
+def choose_reflection(evidence: Evidence, usage: Usage, session: Session, caps: RunConfig) -> tuple[Reflection, Usage]:
+    """What the reflector's model makes of the trial, nothing where there is none, and the tokens spent so far.
+
+    Raises AgentError without a fallback, and CapReached when the agents have spent what `caps` allows.
+    """
+    config, iteration = evidence.config, evidence.trial.iteration
+    if config.reflector == HEURISTIC:
+        return Reflection(), usage
+    account = Account("reflector", session, usage, config, caps, iteration)
+    try:
+        model = open_model(config.reflector, config, session.progress)
+        reflection = account.converse(
+            lambda: reflect_with_chat(
+                evidence, model, account.keep_call, account.keep_prompt, account.carry_out, account
+            )
+        )
+    except CapReached:
+        raise
+    except AgentError as error:
+        if config.planner_fallback == "none" and not (config.planner_unaided and isinstance(error, DeadEnd)):
+            raise
+        session.warn(f"{error}; the rule alone reflects on this round")
+        return Reflection(), account.usage
+    session.record("reflection", iteration=iteration, reflector=config.reflector, details=reflection.model_dump())
+    return reflection, account.usage

@@ -20,9 +20,8 @@ from graph.reflecting.schema import MOST, Lesson
 from graph.state import SIGMAS
 from tools.base.errors import ImpossiblePlan
 from tools.plans.groups import Group, name_work
-from tools.plans.layer_profile import LayerProfile
+from tools.plans.layer_profile import LayerProfile, select_layers
 from tools.plans.recipe import Recipe
-from tools.plans.selectors import select_layers
 
 SPREAD = 0.5
 """How far off the curves of a group are thought to be, before anything is measured: a standard deviation of factors."""

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, create_model
 
-from tools.plans.selectors import MOST_SELECTOR
+from tools.plans.layer_profile import MOST_SELECTOR
 
 MAX_LEARNT = 5
 """Lessons that a reflector may draw from one trial."""

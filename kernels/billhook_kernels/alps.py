@@ -18,13 +18,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from billhook_kernels.damping import DAMPING
-from billhook_kernels.guard import Pruned, finish_update
-from billhook_kernels.masks import keep_highest
-from billhook_kernels.patterns import Pattern, keep_highest_of_groups
+from billhook_kernels.dispatch import one_thread
+from billhook_kernels.guard import DAMPING, Pruned, finish_update
+from billhook_kernels.masks import Pattern, keep_highest, keep_highest_of_groups
 from billhook_kernels.preconditioner import System
-from billhook_kernels.refit import refit_survivors
-from billhook_kernels.threads import one_thread
+from billhook_kernels.refit_steps import refit_survivors
 
 RHO = 0.1
 """ALPS's first penalty."""

@@ -11,15 +11,19 @@ import torch
 from torch import Tensor
 
 from billhook_kernels.alps import Spectrum, prepare_spectrum, solve_alps
-from billhook_kernels.damping import damp_inputs
-from billhook_kernels.guard import Pruned, finish_update
-from billhook_kernels.masks import keep_highest, keep_wanda
+from billhook_kernels.guard import Pruned, damp_inputs, finish_update
+from billhook_kernels.masks import (
+    Pattern,
+    check_pattern,
+    keep_highest,
+    keep_highest_of_groups,
+    keep_wanda,
+    score_two_sided,
+    score_wanda,
+)
 from billhook_kernels.obs import InverseFactor, inverse_factor, prune_obs, prune_obs_groups
-from billhook_kernels.patterns import Pattern, check_pattern, keep_highest_of_groups
 from billhook_kernels.preconditioner import System, prepare_system
-from billhook_kernels.refit import refit_survivors
-from billhook_kernels.refit_steps import refit_in_levels, refit_in_steps
-from billhook_kernels.scores import score_two_sided, score_wanda
+from billhook_kernels.refit_steps import refit_in_levels, refit_in_steps, refit_survivors
 
 PREPARES = {"alps": "spectrum", "sparsegpt": "factor", "two-sided-obs": "factor", "refit": "system"}
 """What of `LayerStatistics` a method asks for: made from A once, for all the layers that read the same inputs."""

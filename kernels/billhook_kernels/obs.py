@@ -11,11 +11,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from billhook_kernels.damping import DAMPING, escalate
-from billhook_kernels.guard import Pruned, finish_update, is_finite
-from billhook_kernels.masks import keep_highest, order_preserving_ints
-from billhook_kernels.patterns import check_group, keep_highest_of_columns
-from billhook_kernels.threads import one_thread
+from billhook_kernels.dispatch import one_thread
+from billhook_kernels.guard import DAMPING, Pruned, escalate, finish_update, is_finite
+from billhook_kernels.masks import check_group, keep_highest, keep_highest_of_columns, order_preserving_ints
 
 BASE = 128
 """Rows that LAPACK factors, on one thread; above, triangular solves and products do, which MKL keeps to the bit."""

@@ -21,10 +21,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from billhook_kernels.damping import DAMPING
-from billhook_kernels.dispatch import multiplies_bf16
-from billhook_kernels.guard import is_finite
-from billhook_kernels.threads import one_thread, share_rows
+from billhook_kernels.dispatch import multiplies_bf16, one_thread, share_rows
+from billhook_kernels.guard import DAMPING, is_finite
 
 ROUNDS = 4
 """Subspace iterations for the leading eigenvectors: they need not be exact."""

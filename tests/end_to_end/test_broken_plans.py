@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-import tools.statistics.pruned
+import tools.statistics.table
 import tools.workbench.curves
 import tools.workbench.layer_pruning
 import tools.workbench.losses
@@ -48,7 +48,7 @@ def break_pruning(monkeypatch: pytest.MonkeyPatch) -> Break:
 
     def arm(error: BaseException, *methods: str, layer: int = 3) -> list[Recipe]:
         begun: list[Recipe] = []
-        prune_layer = tools.statistics.pruned.prune_layer
+        prune_layer = tools.statistics.table.prune_layer
 
         def prune(recipe: Recipe, *rest: Any) -> Any:
             begun.append(recipe)

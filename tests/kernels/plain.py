@@ -5,7 +5,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from billhook_kernels.damping import DAMPING
+from billhook_kernels.guard import DAMPING
 
 Array = NDArray[np.float64]
 Flags = NDArray[np.bool_]

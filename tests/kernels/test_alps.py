@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from billhook_kernels.alps import prepare_spectrum, solve_alps
-from billhook_kernels.damping import DAMPING
+from billhook_kernels.guard import DAMPING
 from billhook_kernels.obs import prune_obs
 from tests.kernels.layers import Layer, make_layer, true_errors
 from tests.kernels.plain import Array, Flags, plain_groups, solve_rows

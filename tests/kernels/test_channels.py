@@ -23,7 +23,7 @@ from billhook_kernels.channels import (
     score_residual,
     standardise,
 )
-from billhook_kernels.damping import DAMPING
+from billhook_kernels.guard import DAMPING
 
 Array = NDArray[np.float64]
 ROWS, CHANNELS, TOKENS = 7, 24, 300

@@ -2,7 +2,7 @@
 
 import pytest
 
-from billhook_kernels.damping import DAMPING, ESCALATIONS, escalate
+from billhook_kernels.guard import DAMPING, ESCALATIONS, escalate
 
 
 def test_it_begins_with_what_is_given_and_grows_tenfold_a_few_times() -> None:

@@ -3,9 +3,8 @@
 import pytest
 import torch
 
-from billhook_kernels.damping import damp_inputs
-from billhook_kernels.guard import bound_rounding, finish_update, is_finite, keep_better_rows, row_errors
-from billhook_kernels.refit import refit_survivors
+from billhook_kernels.guard import bound_rounding, damp_inputs, finish_update, is_finite, keep_better_rows, row_errors
+from billhook_kernels.refit_steps import refit_survivors
 from tests.kernels.layers import make_layer
 
 

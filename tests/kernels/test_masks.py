@@ -6,10 +6,9 @@ import torch
 from hypothesis import given
 from torch import Tensor
 
+import billhook_kernels.dispatch
 import billhook_kernels.masks
-import billhook_kernels.threads
-from billhook_kernels.masks import keep_highest, keep_highest_of_rows, kth_smallest, kth_smallest_each
-from billhook_kernels.scores import score_wanda
+from billhook_kernels.masks import keep_highest, keep_highest_of_rows, kth_smallest, kth_smallest_each, score_wanda
 from tests.kernels.plain import FEW_VALUES, plain_mask, plain_order
 
 
@@ -119,7 +118,7 @@ def test_neither_threads_nor_blocks_of_rows_change_a_mask(monkeypatch: pytest.Mo
         least = int(dead.sum())
         zeros = least + int(torch.randint(0, score.numel() - least + 1, (), generator=generator))
         cases.append((score, dead, zeros, keep_highest_of_rows(score, dead, zeros)))
-    monkeypatch.setattr(billhook_kernels.threads, "THREAD_BYTES", 1)
+    monkeypatch.setattr(billhook_kernels.dispatch, "THREAD_BYTES", 1)
     try:
         for count, size in ((1, 4), (3, 4), (2, 64)):
             torch.set_num_threads(count)

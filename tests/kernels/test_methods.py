@@ -12,13 +12,11 @@ from hypothesis import given
 from torch import Tensor
 
 import billhook_kernels.methods
-from billhook_kernels.damping import DAMPING
-from billhook_kernels.masks import keep_highest, keep_highest_of_rows
+from billhook_kernels.guard import DAMPING
+from billhook_kernels.masks import keep_highest, keep_highest_of_rows, score_two_sided, score_wanda
 from billhook_kernels.methods import METHODS, LayerStatistics, prune_levels, prune_weight
 from billhook_kernels.obs import prune_obs_groups
-from billhook_kernels.refit import refit_survivors
-from billhook_kernels.refit_steps import refit_in_levels, refit_in_steps
-from billhook_kernels.scores import score_two_sided, score_wanda
+from billhook_kernels.refit_steps import refit_in_levels, refit_in_steps, refit_survivors
 from tests.kernels.layers import DTYPES, MASK_ONLY, make_layer
 from tests.kernels.plain import plain_groups, solve_rows
 

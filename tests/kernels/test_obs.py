@@ -8,8 +8,7 @@ from hypothesis import given
 from numpy.typing import NDArray
 from torch import Tensor
 
-from billhook_kernels.damping import DAMPING
-from billhook_kernels.guard import finish_update
+from billhook_kernels.guard import DAMPING, finish_update
 from billhook_kernels.obs import (
     InverseFactor,
     inverse_factor,

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from torch import Tensor
 
-from billhook_kernels.patterns import check_pattern, keep_highest_of_groups
+from billhook_kernels.masks import check_pattern, keep_highest_of_groups
 from tests.kernels.plain import FEW_VALUES, plain_groups
 
 

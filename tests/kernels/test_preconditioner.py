@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from billhook_kernels import preconditioner
-from billhook_kernels.damping import DAMPING
+from billhook_kernels.guard import DAMPING
 from billhook_kernels.preconditioner import Preconditioner, System, leading_eigenvectors, multiply, prepare_system
-from billhook_kernels.refit import refit_survivors
+from billhook_kernels.refit_steps import refit_survivors
 from tests.kernels.layers import Layer, make_layer, true_errors
 
 
@@ -168,7 +168,7 @@ def test_a_refit_by_rounded_products_is_as_good(monkeypatch: pytest.MonkeyPatch,
 
 
 def test_products_have_the_same_bits_by_any_number_of_threads(monkeypatch: pytest.MonkeyPatch, rounded: None) -> None:
-    monkeypatch.setattr("billhook_kernels.threads.THREAD_BYTES", 1)
+    monkeypatch.setattr("billhook_kernels.dispatch.THREAD_BYTES", 1)
     system = prepare_system(make_layer(1, 96).moment)
     assert system is not None
     left, threads, found = torch.randn(70, 96, generator=torch.Generator().manual_seed(3)), torch.get_num_threads(), []

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from torch import Tensor
 
-from billhook_kernels.refit import refit_survivors
+from billhook_kernels.refit_steps import refit_survivors
 from tests.kernels.plain import Array, damped, solve_rows
 
 SCALES = st.sampled_from([1e-12, 1.0, 1e9])

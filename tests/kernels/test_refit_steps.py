@@ -9,8 +9,7 @@ import torch
 from hypothesis import given
 from torch import Tensor
 
-from billhook_kernels.refit import refit_survivors
-from billhook_kernels.refit_steps import plan_steps, refit_in_levels, refit_in_steps
+from billhook_kernels.refit_steps import plan_steps, refit_in_levels, refit_in_steps, refit_survivors
 from tests.kernels.layers import Layer, make_layer, true_errors
 from tests.kernels.plain import Array, Flags, solve_rows
 

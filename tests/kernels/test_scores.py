@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from billhook_kernels.scores import score_two_sided, score_wanda
+from billhook_kernels.masks import score_two_sided, score_wanda
 
 
 def make(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from billhook_kernels.threads import THREAD_BYTES, share_rows
+from billhook_kernels.dispatch import THREAD_BYTES, share_rows
 
 
 @pytest.fixture

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from billhook_kernels.triangle import BAND, count_triangle, pack_triangle, unpack_triangle
+from billhook_kernels.statistics import BAND, count_triangle, pack_triangle, unpack_triangle
 
 
 @pytest.mark.parametrize("width", [0, 1, BAND - 1, BAND, BAND + 1, 3 * BAND + 5])

@@ -6,10 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from billhook_kernels.masks import keep_highest, keep_highest_of_rows, keep_wanda, kth_smallest
+from billhook_kernels.masks import keep_highest, keep_highest_of_groups, keep_highest_of_rows, keep_wanda, kth_smallest
 from billhook_kernels.methods import LayerStatistics, prune_weight
 from billhook_kernels.obs import keep_highest_of_columns
-from billhook_kernels.patterns import keep_highest_of_groups
 from billhook_kernels.statistics import level_of_each_weight
 from tests.kernels.layers import MASK_ONLY
 

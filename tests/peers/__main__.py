@@ -26,8 +26,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tools.base.console import carry_out
-from tools.base.errors import UserError
-from tools.base.failures import in_one_line
+from tools.base.errors import UserError, in_one_line
 from tools.base.options import Parser, add_flags, parse_flags, read_options
 from tools.base.progress import ignore_progress
 from tools.base.settings import WorkbenchSettings

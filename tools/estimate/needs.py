@@ -25,14 +25,13 @@ from tools.models.artifacts import bound_mask, bound_values
 from tools.models.disk import CutSizes, DiskPlan, Line, plan_disk
 from tools.models.layers import Layer, find_blocks
 from tools.models.readout import CHUNK, compute_hidden
+from tools.plans.costs import schedule_polish
 from tools.plans.layer_profile import LayerProfile
 from tools.plans.pattern import count_pattern_zeros
-from tools.plans.polish import schedule_polish
 from tools.plans.recipe import Recipe
 from tools.polish.gradients import count_state_bytes
-from tools.statistics.pruned import prune_layer
 from tools.statistics.shards import count_waiting
-from tools.statistics.table import list_shapes
+from tools.statistics.table import list_shapes, prune_layer
 from tools.surgery.parts import find_parts
 from tools.surgery.share import find_target
 from tools.texts.written import BATCH, list_written

@@ -34,8 +34,8 @@ from tools.results.comparison import (
     show_tables,
     write_comparison,
 )
+from tools.results.losses import name_score
 from tools.results.schema import Score
-from tools.results.scores import name_score
 from tools.texts.windows import check_texts
 from tools.workbench.open import use_workbench
 from tools.workbench.store import DENSE

@@ -13,7 +13,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from billhook_kernels.damping import DAMPING
+from billhook_kernels.guard import DAMPING
 from billhook_kernels.masks import keep_highest, keep_highest_of_rows
 from billhook_kernels.obs import prune_obs
 from billhook_kernels.refit_steps import refit_in_steps

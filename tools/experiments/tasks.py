@@ -10,8 +10,8 @@ from tools.base.progress import Progress
 from tools.base.settings import TaskSettings
 from tools.measure.benchmarks import Benchmark, differ_from, load_benchmarks
 from tools.measure.harness import run_benchmark, warn_of_cut_prompts
+from tools.results.losses import Result, compare_scores
 from tools.results.schema import Score
-from tools.results.scores import Result, compare_scores
 
 if TYPE_CHECKING:
     from tools.workbench.bench import Workbench

@@ -15,8 +15,8 @@ from tools.base.settings import MOST_PROBES
 from tools.base.words import count, spare_brackets
 from tools.instruments.comparisons import Figures
 from tools.instruments.functions import OF_PLANS, Draft, Round, inspect_layers, predict, predict_all, predict_cut, probe
-from tools.plans.lines import describe_levers
-from tools.plans.selectors import MOST_SELECTOR
+from tools.plans.groups import describe_levers
+from tools.plans.layer_profile import MOST_SELECTOR
 
 # Spelt out, the plan's schema would be sent once more for each tool that takes one.
 _SCHEMA: dict[str, Any] = {

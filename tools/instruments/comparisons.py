@@ -6,7 +6,7 @@ from typing import Any
 
 from tools.instruments.probed import PastProbe, Probed, count_probes
 from tools.results.losses import Evaluation, compare_kl
-from tools.workbench.probes import Probe, find_best, rank_probe
+from tools.workbench.evaluate import Probe, find_best, rank_probe
 
 MOST_DIFFERENCES = 24
 """Paired differences that each probe is told with, those of every text counted: four have room in one answer."""

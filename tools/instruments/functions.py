@@ -20,14 +20,13 @@ from tools.instruments.probed import PastProbe, Probed, count_rest, find_known, 
 from tools.measure.texts import list_texts
 from tools.plans.cuts import Cutting
 from tools.plans.groups import MAX_GROUPS, Group
-from tools.plans.layer_profile import LEVELS, LayerProfile, predict_kl
+from tools.plans.layer_profile import LEVELS, MOST_SELECTOR, LayerProfile, predict_kl, select_layers
 from tools.plans.recipe import MAX_ADJUSTMENTS, Adjustment, Recipe
-from tools.plans.selectors import MOST_SELECTOR, select_layers
 from tools.plans.work_order import WorkOrder, prune_alone
 from tools.results.losses import Evaluation, compare_kl
 from tools.results.schema import TextFigures
 from tools.workbench.bench import Workbench
-from tools.workbench.probes import Probe, probe_orders
+from tools.workbench.evaluate import Probe, probe_orders
 from tools.workbench.store import DENSE
 
 Result = TypeVar("Result")

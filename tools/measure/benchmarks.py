@@ -22,8 +22,8 @@ from tools.base.files import hash_file
 from tools.base.hub import look_at_hub
 from tools.base.settings import TaskSettings, WorkbenchSettings
 from tools.measure import tasks
+from tools.results.losses import find_differences
 from tools.results.schema import Score
-from tools.results.scores import find_differences
 from tools.texts.questions import Question, split_questions
 
 

@@ -16,8 +16,8 @@ import numpy as np
 
 from tools.base.progress import Progress
 from tools.measure.benchmarks import SEED, Benchmark, group_leaves, list_leaves
+from tools.results.losses import Result
 from tools.results.schema import Score
-from tools.results.scores import Result
 
 BOOTSTRAPS = 1000
 """Resamples for the standard error of metrics that are not plain means."""

@@ -15,8 +15,7 @@ from tools.base.progress import Progress, heed_stop
 from tools.models.blocks import Blocks
 from tools.models.readout import measure_losses, sum_losses
 from tools.models.streamed import find_stream
-from tools.models.unfinished import UNFINISHED, KeptFiles, Marks, forget_all
-from tools.models.window_states import hold_states, stack_states
+from tools.models.unfinished import UNFINISHED, KeptFiles, Marks, forget_all, hold_states, stack_states
 from tools.results.losses import Evaluation
 
 _PREFIX = "pass-"

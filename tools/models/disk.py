@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from pydantic import BaseModel, Field
 
-from billhook_kernels.triangle import count_triangle
+from billhook_kernels.statistics import count_triangle
 from tools.base.settings import TeamSettings, count_beside, count_checkpoints
 from tools.models.artifacts import bound_artifact
 from tools.models.layers import Layer, find_blocks, list_readers

@@ -7,11 +7,10 @@ from pydantic import BaseModel, Field
 
 from tools.base.errors import ImpossiblePlan
 from tools.plans.budget import Budget, round_to_budget, same_sparsity
-from tools.plans.layer_profile import Array, LayerProfile, predict_kl
+from tools.plans.layer_profile import Array, LayerProfile, predict_kl, select_layers
 from tools.plans.pattern import count_pattern_zeros
 from tools.plans.recipe import Adjustment, Recipe
 from tools.plans.rules import RULES, share_evenly
-from tools.plans.selectors import select_layers
 
 Pattern = tuple[int, int]
 """(N zeros, of M consecutive inputs)."""

@@ -12,8 +12,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from tools.base.errors import ImpossiblePlan
-from tools.plans.layer_profile import LayerProfile
-from tools.plans.selectors import MOST_SELECTOR, select_layers
+from tools.plans.layer_profile import MOST_SELECTOR, LayerProfile, select_layers
 
 UNITS_HOPE = 2.0
 """How many times the KL that curves of units come to was measured: 1.9 to 2.4 of SmolLM2 at 70 to 90 % of its bytes.

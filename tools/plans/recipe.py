@@ -2,13 +2,17 @@
 
 import operator
 import re
+from collections.abc import Iterable
 from functools import partial
-from typing import Annotated, Any, Literal, Self
+from itertools import groupby
+from typing import Annotated, Any, Literal, Protocol, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic.json_schema import SkipJsonSchema
 
 from tools.base.errors import ImpossiblePlan
+from tools.base.words import escape
+from tools.plans.layer_profile import MOST_SELECTOR
 from tools.plans.methods import (
     LEVERS,
     METHODS,
@@ -22,9 +26,35 @@ from tools.plans.methods import (
 )
 from tools.plans.mix import MARKS, SHORT, Mix, label_mix, parse_mix
 from tools.plans.pattern import PatternText, parse_pattern
-from tools.plans.registry import describe_named
 from tools.plans.rules import RULES, UNIFORM, RuleName
-from tools.plans.selectors import MOST_SELECTOR
+
+
+class Named(Protocol):
+    """What every entry of a registry has."""
+
+    @property
+    def name(self) -> str:
+        """By which people ask for it."""
+
+    @property
+    def sentence(self) -> str:
+        """What it does, without a full stop; neighbours that share one are told of together."""
+
+
+def describe_named(choices: Iterable[Named]) -> str:
+    """`NAME: sentence. NAME, NAME: sentence.`"""
+    return " ".join(f"{', '.join(names)}: {sentence}." for names, sentence in _group(choices))
+
+
+def list_named(title: str, choices: Iterable[Named]) -> list[str]:
+    """The lines of a Markdown table, for a README."""
+    rows = [f"| {', '.join(f'`{name}`' for name in names)} | {escape(text)} |" for names, text in _group(choices)]
+    return [f"| {title} | |", "|---|---|", *rows]
+
+
+def _group(choices: Iterable[Named]) -> list[tuple[list[str], str]]:
+    return [([x.name for x in group], text) for text, group in groupby(choices, key=lambda choice: choice.sentence)]
+
 
 Damping = Annotated[float, Field(ge=0, le=MOST_DAMPING), AfterValidator(partial(round, ndigits=3))]
 """A share of each input's mean square, to what a label tells."""

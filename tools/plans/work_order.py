@@ -12,9 +12,8 @@ from pydantic import BaseModel, ConfigDict, Field
 from tools.base.errors import ImpossiblePlan
 from tools.plans.allocate import Allocation
 from tools.plans.cuts import CutOrder
-from tools.plans.layer_profile import LayerProfile, predict_kl
+from tools.plans.layer_profile import LayerProfile, predict_kl, select_layers
 from tools.plans.recipe import Recipe
-from tools.plans.selectors import select_layers
 
 
 class LayerOrder(BaseModel):

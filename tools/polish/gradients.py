@@ -24,10 +24,9 @@ from tools.models.blocks import Blocks
 from tools.models.experts import ExpertLinear, run_apart
 from tools.models.layers import Layer
 from tools.models.readout import compute_hidden, diverge_gradients, measure_losses
-from tools.plans.polish import Means
-from tools.statistics.gradients import Gradient, bring_near, flow_back, scale_losses
+from tools.plans.costs import Means
+from tools.statistics.gradients import Gradient, bring_near, flow_back, scale_losses, tapped
 from tools.statistics.shards import Span, Sums, list_nodes, sum_node
-from tools.statistics.taps import tapped
 from tools.statistics.walks import Nodes
 
 Vectors = dict[str, Tensor]

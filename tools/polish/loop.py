@@ -15,12 +15,12 @@ import torch
 from pydantic import BaseModel, Field
 from torch import Tensor
 
-from billhook_kernels.threads import one_thread
+from billhook_kernels.dispatch import one_thread
 from tools.base.errors import BrokenPlan
 from tools.base.files import KEEP_SECONDS
 from tools.base.progress import FIGURES, Progress, Stopped, heed_stop
 from tools.models.formats import DTYPES
-from tools.plans.polish import PATIENCE, Means, Schedule
+from tools.plans.costs import PATIENCE, Means, Schedule
 from tools.polish.gradients import KL, Survivors, Vectors
 from tools.statistics.shards import Sums
 

@@ -9,7 +9,7 @@ from rich.text import Text
 from tools.base.files import write_text
 from tools.base.rows import as_csv, write_kept
 from tools.base.words import escape, show_score
-from tools.results.scores import Result, find_differences, subtract
+from tools.results.losses import Result, find_differences, subtract
 from tools.results.tables import list_table, list_task_protocols
 
 

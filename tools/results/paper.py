@@ -5,8 +5,8 @@ from typing import NamedTuple
 
 from tools.base.words import show, show_score
 from tools.plans.jobs import is_ours
+from tools.results.losses import Result, find_differences, name_score, subtract
 from tools.results.schema import Score
-from tools.results.scores import Result, find_differences, name_score, subtract
 from tools.results.tables import list_table, list_task_protocols
 
 PRESETS: dict[str, dict[str, str]] = {

@@ -8,8 +8,8 @@ from typing import Any, Literal
 from pydantic import BaseModel, Field
 
 from tools.base.settings import Split, WorkbenchSettings
+from tools.plans.costs import Means
 from tools.plans.methods import Statistics
-from tools.plans.polish import Means
 
 PACKAGES = ("torch", "transformers", "langgraph", "numpy")
 

@@ -8,18 +8,46 @@ Shape suffixes: T tokens, I input features (d_in), O output features (d_out).
 """
 
 import math
-from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from billhook_kernels.statistics import clip_tokens, squared_loss_changes, sum_squares
-from tools.base.errors import UnknownStatistics
-from tools.base.failures import explain_layer
+from tools.base.errors import UnknownStatistics, explain_layer
 from tools.models.layers import Layer
 from tools.statistics.shards import Sums, add_count
+
+
+@contextmanager
+def tapped(
+    layers: Iterable[Layer],
+    on_input: Callable[[Layer, Tensor], object],
+    on_gradient: Callable[[Layer, Tensor, Tensor], None] | None = None,
+) -> Iterator[None]:
+    """Hooks on layers: their inputs are seen in the forward pass, their output gradients in the backward pass."""
+
+    def tap(layer: Layer) -> Callable[[Any, tuple[Tensor, ...], Tensor], None]:
+        def see(_module: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            x_TI = inputs[0].detach().flatten(0, -2)
+            if not len(x_TI):  # an expert that is called without tokens
+                return
+            on_input(layer, x_TI)
+            if on_gradient is not None and output.requires_grad:
+                output.register_hook(lambda g: on_gradient(layer, x_TI, g.flatten(0, -2)))
+
+        return see
+
+    hooks = [layer.module.register_forward_hook(tap(layer)) for layer in layers]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
 
 LARGEST = 2.0**8
 """What the largest entry is brought to just below: as far from what fp16 cannot hold as it may grow within a block."""

@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 from torch import Tensor
 
 from tools.base.settings import Calibration
-from tools.models.window_states import States, hold_states
+from tools.models.unfinished import States, hold_states
 from tools.statistics.gradients import Gradient, Seen
 from tools.statistics.shards import Span, Sums
 from tools.statistics.states import StateStack

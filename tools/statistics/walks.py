@@ -24,7 +24,7 @@ from tools.models.experts import run_apart
 from tools.models.layers import Layer
 from tools.models.readout import begin_draw, hidden_gradients
 from tools.models.streamed import find_stream
-from tools.models.window_states import hold_states
+from tools.models.unfinished import hold_states
 from tools.statistics.gradients import (
     OVERFLOW,
     Gradient,
@@ -35,12 +35,12 @@ from tools.statistics.gradients import (
     flow_back,
     scale_losses,
     sum_gradients,
+    tapped,
 )
 from tools.statistics.moments import MomentSums, Spare, Waiting, Wanted
 from tools.statistics.passage import KeptPassages, Passage, Passages, Purpose, Walk
-from tools.statistics.pruned import parts_of_mask
 from tools.statistics.shards import Aside, Span, Sums, cut_shards, forget, list_nodes, sum_node
-from tools.statistics.taps import tapped
+from tools.statistics.table import parts_of_mask
 
 Nodes = list[tuple[Span, Sums]]
 """What a span of shards comes to, as few nodes of the tree over all shards."""

@@ -19,7 +19,7 @@ from tools.models.blocks import Blocks, take_hidden
 from tools.models.layers import find_layers
 from tools.models.readout import TokenLosses, compute_hidden, measure_losses, sum_losses
 from tools.models.streamed import find_stream
-from tools.models.window_states import States, hold_states
+from tools.models.unfinished import States, hold_states
 from tools.surgery.moments import finish_moments, search_windows, tapped
 from tools.surgery.parts import KINDS, Fit, Part, find_parts
 

@@ -25,7 +25,7 @@ from tools.base.settings import ALIGN
 from tools.models.blocks import Blocks
 from tools.models.layers import find_blocks, find_layers
 from tools.models.readout import compute_hidden, measure_losses
-from tools.models.window_states import hold_states
+from tools.models.unfinished import hold_states
 from tools.plans.cuts import Counts
 from tools.surgery.blocks import choose_blocks, fold_blocks, pass_on
 from tools.surgery.moments import finish_moments, search_windows, tapped

@@ -33,7 +33,7 @@ from tools.base.errors import UserError
 from tools.base.progress import Progress
 from tools.models.blocks import Blocks
 from tools.models.readout import compute_hidden
-from tools.models.window_states import hold_states
+from tools.models.unfinished import hold_states
 from tools.surgery.blocks import pass_on
 from tools.surgery.moments import tapped
 from tools.surgery.parts import KINDS, Fit, Part, find_parts

@@ -21,10 +21,9 @@ from tools.statistics.shards import SHARDS, Span, share_out
 from tools.team.carrier import Carrier, Weights, WeightSource
 from tools.team.connection import connect, count_workers
 from tools.team.frozen import Reference, keep, thaw
-from tools.team.identity import identify
 from tools.team.places import Place, Places
 from tools.team.requests import Job, OnShards, Shared
-from tools.team.worker import KeptPlace, Texts
+from tools.team.worker import KeptPlace, Texts, identify
 
 T = TypeVar("T")
 

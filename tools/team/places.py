@@ -10,17 +10,15 @@ from typing import Any
 
 import torch
 
-from tools.base.errors import UserError, in_one_line
-from tools.base.failures import explain_work
+from tools.base.errors import UserError, explain_work, in_one_line
 from tools.base.progress import Warn
 from tools.base.settings import TeamSettings, count_threads
 from tools.measure.losses import limit_prefix
 from tools.models.load import load_model
 from tools.team.connection import Connection
 from tools.team.frozen import freeze, keep, thaw
-from tools.team.identity import Identity, identify
 from tools.team.requests import Job, OnSpan
-from tools.team.worker import KeptPlace, Texts, Worker
+from tools.team.worker import Identity, KeptPlace, Texts, Worker, identify
 
 
 class Actor:

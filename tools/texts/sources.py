@@ -10,8 +10,7 @@ from typing import Any, NamedTuple
 from tools.base.errors import UserError
 from tools.base.named import parse_hub
 from tools.base.settings import TEXT_SOURCE
-from tools.texts.questions import Question, write_pair
-from tools.texts.tables import check_file, explain_unreadable, open_rows
+from tools.texts.questions import Question, check_file, explain_unreadable, open_rows, write_pair
 from tools.texts.written import parse_prompts
 
 

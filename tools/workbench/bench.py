@@ -39,15 +39,13 @@ from tools.results.schema import Reach
 from tools.statistics.experts import describe_few
 from tools.statistics.kept_passages import PassageFiles, forget_walks
 from tools.statistics.shards import count_waiting
-from tools.team.identity import hash_weights
-from tools.team.worker import Texts
+from tools.team.worker import Texts, hash_weights
 from tools.texts.windows import Windows, count_lead, cut_windows
-from tools.workbench.crew import gather_crew
 from tools.workbench.curves import Curves
 from tools.workbench.cuts import Cuts
 from tools.workbench.evaluate import Evaluator
 from tools.workbench.layer_pruning import LayerPruner
-from tools.workbench.losses import Losses
+from tools.workbench.losses import Losses, gather_crew
 from tools.workbench.polish import Polisher
 from tools.workbench.profiles import Profiles
 from tools.workbench.prune import Pruner

@@ -7,17 +7,16 @@ from typing import Any
 
 from torch import Tensor
 
-from tools.base.failures import explain_layer, explain_work
+from tools.base.errors import explain_layer, explain_work
 from tools.base.progress import Progress
 from tools.models.layers import Layer
 from tools.plans.layer_profile import LayerProfile
 from tools.plans.recipe import Recipe
 from tools.statistics.collect import measure_kappa
-from tools.statistics.pruned import cut_to_levels
 from tools.statistics.requests import Here, Parts
-from tools.statistics.table import measure_alpha
+from tools.statistics.table import cut_to_levels, measure_alpha
 from tools.team.requests import PruneToLevels
-from tools.workbench.crew import Crew
+from tools.workbench.losses import Crew
 from tools.workbench.profiles import Profiles
 from tools.workbench.store import Index
 from tools.workbench.unfinished import UnfinishedWalk

@@ -16,8 +16,7 @@ import torch
 from torch import Tensor
 
 from billhook_kernels.channels import expand_units
-from tools.base.errors import BrokenBaseline, BrokenPlan, UnknownStatistics, UserError
-from tools.base.failures import explain_layer, explain_work
+from tools.base.errors import BrokenBaseline, BrokenPlan, UnknownStatistics, UserError, explain_layer, explain_work
 from tools.base.progress import Progress
 from tools.models.artifacts import FORMAT, pack_pruned
 from tools.models.blocks import Blocks

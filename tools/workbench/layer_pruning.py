@@ -6,8 +6,8 @@ from itertools import chain
 
 from torch import Tensor
 
-from billhook_kernels.damping import DAMPING
-from tools.base.failures import explain_layer
+from billhook_kernels.guard import DAMPING
+from tools.base.errors import explain_layer
 from tools.base.progress import Progress, Warn, heed_stop
 from tools.models.artifacts import pack_pruned, unpack_pruned
 from tools.plans.pattern import count_pattern_zeros
@@ -15,11 +15,11 @@ from tools.plans.recipe import Recipe
 from tools.statistics.collect import Moments, collect_moments
 from tools.statistics.extent import begin_walk
 from tools.statistics.passage import Walk
-from tools.statistics.pruned import prune_layer
+from tools.statistics.table import prune_layer
 from tools.team.cluster import Cluster
 from tools.team.requests import PruneLayers
 from tools.workbench.checkpoints import LayerTask, make_layer_key
-from tools.workbench.crew import Crew
+from tools.workbench.losses import Crew
 from tools.workbench.profiles import Profiles
 from tools.workbench.store import DENSE, ArtifactStore, Index
 from tools.workbench.weights import Weights

@@ -14,7 +14,7 @@ from tools.statistics.known import ModelStatistics, know_read, mix_statistics, r
 from tools.statistics.table import build_profile
 from tools.statistics.text_curves import measure_text_curves
 from tools.texts.windows import Windows
-from tools.workbench.crew import Crew
+from tools.workbench.losses import Crew
 from tools.workbench.moments import write_moment
 from tools.workbench.store import ArtifactStore, Index
 from tools.workbench.unfinished import (

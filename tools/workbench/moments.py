@@ -10,13 +10,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from billhook_kernels.triangle import pack_triangle, unpack_triangle
+from billhook_kernels.statistics import pack_triangle, unpack_triangle
 from tools.base.progress import Progress, ignore_progress
 from tools.models.mapped import map_tensors
 from tools.statistics.collect import collect_moments
 from tools.statistics.extent import begin_walk
 from tools.statistics.passage import Walk
-from tools.workbench.crew import Crew
+from tools.workbench.losses import Crew
 from tools.workbench.store import ArtifactStore, Index
 from tools.workbench.unfinished import Kind, StoredProfile
 from tools.workbench.weights import Weights
@@ -35,7 +35,7 @@ Found = Mapping[str, str | Held]
 
 
 def write_moment(store: ArtifactStore, moment_II: Tensor) -> str:
-    """The artifact of a second moment: its upper triangle, (U,) fp32 (`billhook_kernels.triangle`), and its width."""
+    """The artifact of a second moment: its upper triangle, (U,) fp32 (`billhook_kernels.statistics`), and its width."""
     whole_II = moment_II.cpu()  # a GPU that a walk fills has no room for both
     return store.write_tensors({"upper": pack_triangle(whole_II), "width": torch.tensor([len(whole_II)])})
 

@@ -10,14 +10,13 @@ from uuid import uuid4
 import torch
 from torch import Tensor
 
-from tools.base.errors import BrokenPlan, ImpossiblePlan
-from tools.base.failures import explain_layer
+from tools.base.errors import BrokenPlan, ImpossiblePlan, explain_layer
 from tools.base.progress import Progress, Warn, heed_stop
 from tools.base.settings import NO_STREAMED_POLISH, Calibration, WorkbenchSettings
 from tools.models.artifacts import pack_pruned
 from tools.models.blocks import Blocks
 from tools.models.unfinished import UNFINISHED, KeptFiles, forget_files
-from tools.plans.polish import Means, Schedule, schedule_polish
+from tools.plans.costs import Means, Schedule, schedule_polish
 from tools.polish.gradients import KL, Divergence, Survivors, Vectors
 from tools.polish.loop import Adam, Kept, Polish, Problem, Standing
 from tools.results.schema import Polished
@@ -26,8 +25,7 @@ from tools.statistics.shards import Sums, join_nodes
 from tools.team.cluster import Cluster
 from tools.team.requests import MeasureDivergence, OfPolish, SumDivergence
 from tools.texts.windows import Windows
-from tools.workbench.crew import Crew
-from tools.workbench.losses import Losses
+from tools.workbench.losses import Crew, Losses
 from tools.workbench.store import DENSE, ArtifactStore, Index
 from tools.workbench.weights import Weights
 

@@ -10,8 +10,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from billhook_kernels.methods import LayerStatistics
-from tools.base.errors import BrokenBaseline, DamagedArtifact, ImpossiblePlan, UserError
-from tools.base.failures import explain_work
+from tools.base.errors import BrokenBaseline, DamagedArtifact, ImpossiblePlan, UserError, explain_work
 from tools.base.progress import Progress, Stopped, ignore_progress
 from tools.base.settings import QUESTIONS, RUN, Calibration, WorkbenchSettings
 from tools.measure.losses import SoFar
@@ -24,8 +23,7 @@ from tools.statistics.table import build_profile, list_weights
 from tools.team.cluster import Cluster
 from tools.team.worker import LayerGroup, LayerWork
 from tools.texts.windows import Windows
-from tools.workbench.crew import Crew
-from tools.workbench.losses import Losses
+from tools.workbench.losses import Crew, Losses
 from tools.workbench.mixtures import Mixtures
 from tools.workbench.moments import Found, Held, SecondMoments, write_moment
 from tools.workbench.store import ArtifactStore, Index

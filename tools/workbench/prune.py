@@ -3,8 +3,7 @@
 from functools import partial
 from typing import Any
 
-from tools.base.errors import DamagedArtifact
-from tools.base.failures import explain_work
+from tools.base.errors import DamagedArtifact, explain_work
 from tools.base.progress import Progress, ignore_progress
 from tools.plans.cuts import CutOrder
 from tools.plans.groups import refuse_two_walks

@@ -6,14 +6,13 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
-from tools.base.errors import BrokenBaseline, DegenerateText, UserError, in_one_line
-from tools.base.failures import explain_work
+from tools.base.errors import BrokenBaseline, DegenerateText, UserError, explain_work, in_one_line
 from tools.base.progress import FIGURES, Progress, heed_stop
 from tools.base.settings import WorkbenchSettings
 from tools.base.words import count
 from tools.models.positions import count_positions
 from tools.models.sampling import check_sampling, draw_rows, find_begin, find_ends
-from tools.team.identity import hash_weights
+from tools.team.worker import hash_weights
 from tools.texts.windows import find_bos
 from tools.texts.written import BATCH, MOST_DEGENERATE, find_source, take_fresh
 from tools.workbench.store import Index

@@ -2,7 +2,7 @@
 
 import pytest
 
-from graph.ablation.draws import draw_plan
+from graph.ablation.arms import draw_plan
 from graph.config import RunConfig
 from graph.planning.orders import resolve
 from tests.profiles import make_profile

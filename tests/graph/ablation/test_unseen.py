@@ -6,8 +6,8 @@ import pytest
 from rich.console import Console
 
 from graph.ablation.experiment import ablate
+from graph.ablation.rows import measure_checkpoint, measure_exported
 from graph.ablation.settings import AblateSettings
-from graph.ablation.unseen import measure_checkpoint, measure_exported
 from tests.benches import ignore, prune
 from tests.named import write_texts
 from tests.rows import prose, write_rows

@@ -14,8 +14,8 @@ from pydantic import BaseModel
 from graph.config import RunConfig
 from graph.llm import ladder
 from graph.llm.ask import CallRecord, ask
+from graph.llm.attempts import count_tokens
 from graph.llm.ladder import AgentError
-from graph.llm.metering import count_tokens
 from graph.llm.models import open_model
 from graph.planning.plan import Plan
 from tests.graph.llm.asking import KEY, PLAN, QUESTION

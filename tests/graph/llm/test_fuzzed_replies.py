@@ -26,16 +26,15 @@ from graph.config import RunConfig
 from graph.llm import ladder
 from graph.llm.ladder import AgentError
 from graph.planning.budget import open_budget
-from graph.planning.choose import choose_plan, weigh_in_bounds
+from graph.planning.choose import choose_plan, open_toolbox, weigh_in_bounds
 from graph.planning.orders import read_curves
 from graph.planning.plan import Plan
 from graph.planning.situation import Situation
-from graph.planning.toolbox import open_toolbox
 from graph.runs.session import Session
 from graph.state import State
 from tests.situations import ignore
 from tests.tiny import tiny_settings
-from tools.plans.selectors import select_layers
+from tools.plans.layer_profile import select_layers
 from tools.results.schema import Usage
 from tools.results.trial import Trial
 from tools.workbench.bench import Workbench

@@ -14,9 +14,9 @@ from pydantic import BaseModel, Field
 from graph.config import RunConfig
 from graph.llm import local
 from graph.llm.ask import CallRecord, ask
+from graph.llm.attempts import read_terms
 from graph.llm.ladder import AgentError
 from graph.llm.local import bound_schema, close_local
-from graph.llm.metering import read_terms
 from graph.llm.models import check_model, open_model
 from graph.planning.plan import Plan
 from graph.reflecting.schema import Reflection

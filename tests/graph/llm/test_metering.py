@@ -14,8 +14,8 @@ from langchain_core.tools import tool
 from graph.config import RunConfig
 from graph.llm import attempts, endpoint
 from graph.llm.ask import CallRecord, ask
+from graph.llm.attempts import FailedRequest, count_answer, count_tokens
 from graph.llm.ladder import AgentError
-from graph.llm.metering import FailedRequest, count_answer, count_tokens
 from graph.llm.models import open_model
 from graph.llm.toolbox import Toolbox
 from graph.planning.plan import Plan

@@ -7,7 +7,7 @@ from langgraph.store.memory import InMemoryStore
 from graph.config import RunConfig
 from graph.memory import experience as memory
 from graph.memory.experience import read_experience, write_tried
-from graph.memory.items import EXPERIENCE, namespace
+from graph.memory.lessons import EXPERIENCE, namespace
 from graph.planning.past import describe_experience
 from graph.reflecting.schema import Tried
 from tools.base.errors import UserError

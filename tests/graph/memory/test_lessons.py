@@ -12,8 +12,7 @@ from graph.goals.schema import Aim, Brief, NewText, follow_brief, follow_new_tex
 from graph.memory import lessons as memory
 from graph.memory.__main__ import main
 from graph.memory.experience import write_tried
-from graph.memory.items import family, namespace
-from graph.memory.lessons import read_lessons, search_lessons, write_lesson
+from graph.memory.lessons import family, namespace, read_lessons, search_lessons, write_lesson
 from graph.memory.notes import write_note
 from graph.persistence import open_store
 from graph.reflecting.schema import Lesson, Note, Tried

@@ -30,7 +30,7 @@ from graph.planning.brief import (
     tell_schema,
 )
 from graph.planning.budget import TokenBudget
-from graph.planning.choose import weigh_in_bounds
+from graph.planning.choose import note_probes, weigh_in_bounds
 from graph.planning.orders import Curves, describe_plan
 from graph.planning.past import (
     MAX_PROBES,
@@ -46,7 +46,6 @@ from graph.planning.prices import describe_prices
 from graph.planning.refinements import STRONG
 from graph.planning.situation import Situation
 from graph.planning.table import MAX_ROWS, describe_groups, describe_layers
-from graph.planning.toolbox import note_probes
 from graph.reflecting.schema import MAX_NOTES, Experience, Lesson, Note
 from graph.state import State
 from tests.openai_server import DEFAULT_PLAN, OpenAIServer
@@ -57,9 +56,8 @@ from tools.instruments.probed import PastProbe, Probed, count_probes
 from tools.plans.costs import count_polish
 from tools.plans.cuts import Cutting
 from tools.plans.groups import Group, GroupRecipe, drop_null
-from tools.plans.layer_profile import LayerProfile, group_layers, predict_kl
+from tools.plans.layer_profile import LayerProfile, group_layers, predict_kl, select_layers
 from tools.plans.recipe import Adjustment, Recipe
-from tools.plans.selectors import select_layers
 from tools.results.trial import Trial
 
 KEPT = Trial(

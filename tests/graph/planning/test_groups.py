@@ -10,8 +10,16 @@ import torch
 from graph.config import RunConfig
 from graph.planning.approval import read_answer
 from graph.planning.budget import TokenBudget
-from graph.planning.kept_orders import keep_order, read_order
-from graph.planning.orders import Curves, Orders, apply_lessons, describe_plan, hash_request, resolve
+from graph.planning.orders import (
+    Curves,
+    Orders,
+    apply_lessons,
+    describe_plan,
+    hash_request,
+    keep_order,
+    read_order,
+    resolve,
+)
 from graph.planning.plan import Plan, drop_schema, find_schema
 from graph.planning.recipes import list_recipes
 from graph.reflecting.rule import draw_lesson
@@ -21,9 +29,8 @@ from tests.tiny import tiny_settings
 from tools.base.errors import ImpossiblePlan
 from tools.plans.costs import count_walk
 from tools.plans.groups import Group
-from tools.plans.layer_profile import LayerProfile
+from tools.plans.layer_profile import LayerProfile, select_layers
 from tools.plans.recipe import Recipe
-from tools.plans.selectors import select_layers
 from tools.plans.work_order import order_all
 from tools.workbench.bench import Workbench
 from tools.workbench.store import DENSE, ArtifactStore

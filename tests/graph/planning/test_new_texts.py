@@ -11,11 +11,11 @@ from graph.config import RunConfig
 from graph.goals.schema import Aim, Brief, NewText, follow_new_texts
 from graph.planning.approval import examine_edit
 from graph.planning.budget import TokenBudget
-from graph.planning.new_texts import check_new_texts, count_left, count_new_tokens, fit_to_new_texts, list_unwritten
 from graph.planning.orders import resolve
 from graph.planning.past import describe_shares
 from graph.planning.plan import Plan, drop_schema, find_schema
 from graph.planning.prices import describe_costs
+from graph.planning.recipes import check_new_texts, count_left, count_new_tokens, fit_to_new_texts, list_unwritten
 from graph.runs.session import Session
 from graph.state import State
 from tests.situations import make_layers

@@ -7,8 +7,17 @@ import pytest
 from pydantic import ValidationError
 
 from graph.config import RunConfig
-from graph.planning.kept_orders import keep_order, read_order
-from graph.planning.orders import Curves, Orders, apply_lessons, describe_plan, drop_lessons, hash_request, resolve
+from graph.planning.orders import (
+    Curves,
+    Orders,
+    apply_lessons,
+    describe_plan,
+    drop_lessons,
+    hash_request,
+    keep_order,
+    read_order,
+    resolve,
+)
 from graph.planning.plan import Plan
 from tests.situations import make_layers, make_lesson
 from tools.base.errors import DamagedArtifact, ImpossiblePlan

@@ -16,12 +16,11 @@ from graph.llm.toolbox import Toolbox, ToolCall
 from graph.nodes.plan import explain_end
 from graph.planning.brief import planner_messages
 from graph.planning.budget import open_budget
-from graph.planning.choose import choose_plan
+from graph.planning.choose import choose_plan, open_toolbox
 from graph.planning.plan import Plan
 from graph.planning.refinements import STRONG
 from graph.planning.rule import list_candidates, plan_by_rule
 from graph.planning.situation import Situation
-from graph.planning.toolbox import open_toolbox
 from graph.runs.session import Session
 from graph.state import State
 from tests.openai_server import OpenAIServer

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from graph.config import RunConfig
 from graph.llm.models import open_model
 from graph.memory import notes as memory
-from graph.memory.items import NOTES, namespace
+from graph.memory.lessons import NOTES, namespace
 from graph.memory.notes import read_notes, write_note
 from graph.reflecting.brief import reflect_with_chat, reflector_messages
 from graph.reflecting.notes import add_note, check_evidence, take_note

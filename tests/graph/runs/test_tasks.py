@@ -14,9 +14,9 @@ from langgraph.graph import END, START, StateGraph
 from pydantic import BaseModel
 
 from graph.persistence import checkpointer, open_saver
-from graph.persistence.saved import _expected, _saved
+from graph.persistence.serializer import _expected, _saved
 from graph.persistence.sqlite import database
-from graph.runs.tasks import do_once
+from graph.runs.session import do_once
 from tests.end_to_end.helpers import wait_for
 from tools.base.progress import Stopped, stop_at
 

@@ -8,8 +8,16 @@ import numpy as np
 import pytest
 import torch
 
-from tools.base.errors import BrokenBaseline, BrokenPlan, DiskFull, ImpossiblePlan, UnknownStatistics, UserError
-from tools.base.failures import explain_layer, explain_work
+from tools.base.errors import (
+    BrokenBaseline,
+    BrokenPlan,
+    DiskFull,
+    ImpossiblePlan,
+    UnknownStatistics,
+    UserError,
+    explain_layer,
+    explain_work,
+)
 
 CPU = RuntimeError(
     "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate "

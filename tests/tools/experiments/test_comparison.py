@@ -36,8 +36,8 @@ from tools.plans.recipe import parse_recipe
 from tools.plans.rules import WAYS_OF_PARTS
 from tools.plans.work_order import order_allocation
 from tools.results.comparison import Comparison, Row, describe
+from tools.results.losses import Result
 from tools.results.schema import Score, describe_protocol
-from tools.results.scores import Result
 from tools.statistics.collect import measure_kappa
 from tools.surgery.flap import build_narrowed, rank_units
 from tools.surgery.parts import Cut
@@ -45,7 +45,7 @@ from tools.surgery.published import drop_least, rank_blocks
 from tools.surgery.rebuild import build_cut
 from tools.surgery.slicegpt import build_sliced, slice_states
 from tools.surgery.taylor import rank_by_gradient
-from tools.team.identity import hash_weights
+from tools.team.worker import hash_weights
 from tools.workbench.bench import Workbench
 from tools.workbench.evaluate import Evaluator
 from tools.workbench.layer_pruning import LayerPruner

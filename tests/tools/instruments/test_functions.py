@@ -11,7 +11,7 @@ import pytest
 
 import tools.instruments.comparisons
 import tools.instruments.functions
-import tools.statistics.pruned
+import tools.statistics.table
 import tools.workbench.curves
 import tools.workbench.losses
 from graph.config import RunConfig
@@ -339,7 +339,7 @@ def test_a_probe_on_all_text_is_the_evaluation_of_the_round(
 ) -> None:
     round_ = make_round()
     figures = probe(round_, [WANDA], whole=True)[0]
-    monkeypatch.setattr(tools.statistics.pruned, "prune_weight", pytest.fail)
+    monkeypatch.setattr(tools.statistics.table, "prune_weight", pytest.fail)
     monkeypatch.setattr(tools.workbench.losses, "evaluate_windows", pytest.fail)
     bench = round_.bench
     checkpoint = bench.pruner.prune(round_.profile, round_.resolve(WANDA), ignore)
@@ -352,7 +352,7 @@ def test_a_probe_is_measured_once(make_round: Callable[..., Round], monkeypatch:
     figures = probe(round_, [REFIT], 100)[0]
     assert figures.pop("probe") == 1
     probe(round_, [WANDA], 100)
-    monkeypatch.setattr(tools.statistics.pruned, "prune_weight", pytest.fail)
+    monkeypatch.setattr(tools.statistics.table, "prune_weight", pytest.fail)
     monkeypatch.setattr(tools.workbench.losses, "evaluate_windows", pytest.fail)
     again = probe(round_, [REFIT], 128)[0]
     assert (again.pop("kl_minus_probe").keys(), again.pop("probe")) == ({"2"}, 1)
@@ -416,7 +416,7 @@ def test_a_probe_is_kept_for_the_round(make_round: Callable[..., Round], monkeyp
 
     monkeypatch.setattr(tools.workbench.losses, "evaluate_windows", count)
     with monkeypatch.context() as patch:
-        patch.setattr(tools.statistics.pruned, "prune_weight", pytest.fail)
+        patch.setattr(tools.statistics.table, "prune_weight", pytest.fail)
         checkpoint = bench.pruner.prune(round_.profile, round_.resolve(REFIT), ignore)
     kept = bench.evaluator.evaluate(checkpoint, "validation", round_.profile, ignore)
     assert measured == [1], "of three windows the probe had two"

@@ -23,7 +23,7 @@ from tools.base.errors import UserError
 from tools.models.layers import find_layers
 from tools.models.load import ModelPlace, check_device, find_model, load_model, locate_model, pick_device, read_dtype
 from tools.report import find_run
-from tools.team.identity import hash_weights
+from tools.team.worker import hash_weights
 
 NEITHER = "is neither a directory, a .gguf file, package:NAME nor a hub id such as Qwen/Qwen3-4B"
 

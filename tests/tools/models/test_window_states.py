@@ -8,9 +8,9 @@ import pytest
 import torch
 
 import tools.base.memory
-import tools.models.window_states
+import tools.models.unfinished
 from tools.base.errors import UserError
-from tools.models.window_states import hold_states, stack_states
+from tools.models.unfinished import hold_states, stack_states
 
 
 def make_states(tokens: int, dtype: torch.dtype = torch.bfloat16) -> dict[int, torch.Tensor]:
@@ -20,7 +20,7 @@ def make_states(tokens: int, dtype: torch.dtype = torch.bfloat16) -> dict[int, t
 
 def stream_to(monkeypatch: pytest.MonkeyPatch, scratch: Path, free: int) -> None:
     """Every model is a streamed one, on a machine with so much memory."""
-    monkeypatch.setattr(tools.models.window_states, "find_stream", lambda model: SimpleNamespace(scratch=scratch))
+    monkeypatch.setattr(tools.models.unfinished, "find_stream", lambda model: SimpleNamespace(scratch=scratch))
     monkeypatch.setattr(tools.base.memory, "count_free", lambda: free)
 
 

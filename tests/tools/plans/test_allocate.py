@@ -10,9 +10,8 @@ from hypothesis import assume, given
 from tests.profiles import KINDS, check_sentence, make_layers, make_profile
 from tools.base.errors import ImpossiblePlan
 from tools.plans.allocate import Allocation, allocate, find_bounds
-from tools.plans.layer_profile import LEVELS, LayerProfile, predict_kl
+from tools.plans.layer_profile import LEVELS, LayerProfile, predict_kl, select_layers
 from tools.plans.recipe import Adjustment, Recipe
-from tools.plans.selectors import select_layers
 
 KAPPA = Recipe()
 TWO_OF_FOUR = KAPPA.model_copy(update={"pattern": "2:4"})

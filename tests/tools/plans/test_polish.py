@@ -3,7 +3,7 @@
 import pytest
 
 from tools.base.errors import ImpossiblePlan
-from tools.plans.polish import schedule_polish
+from tools.plans.costs import schedule_polish
 
 
 def test_a_tenth_is_held_out_and_fewer_tokens_are_the_first_windows() -> None:

@@ -3,8 +3,7 @@
 from typing import NamedTuple
 
 from tools.plans.methods import LEVERS, METHODS
-from tools.plans.recipe import Recipe
-from tools.plans.registry import describe_named, list_named
+from tools.plans.recipe import Recipe, describe_named, list_named
 from tools.plans.rules import RULES
 
 

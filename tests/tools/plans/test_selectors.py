@@ -8,7 +8,7 @@ from hypothesis import given
 
 from tests.profiles import KINDS, check_sentence, make_layers
 from tools.base.errors import ImpossiblePlan
-from tools.plans.selectors import select_layers
+from tools.plans.layer_profile import select_layers
 
 
 def names(*pairs: tuple[int, str]) -> list[str]:

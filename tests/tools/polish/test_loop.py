@@ -13,7 +13,7 @@ from tests.tiny import make_tiny_model
 from tools.base.errors import BrokenPlan
 from tools.base.progress import Stopped, heed_stop, ignore_progress, stop_at
 from tools.models.layers import Layer, find_layers
-from tools.plans.polish import Means, Schedule
+from tools.plans.costs import Means, Schedule
 from tools.polish.gradients import KL, Survivors
 from tools.polish.loop import Adam, Kept, Polish, Standing
 from tools.statistics.shards import Sums

@@ -5,8 +5,8 @@ from typing import Any
 import pytest
 
 from tools.base.errors import UserError
+from tools.results.losses import Result, compare_scores, subtract
 from tools.results.schema import Score
-from tools.results.scores import Result, compare_scores, subtract
 
 
 def make_score(model: str, **protocol: Any) -> Score:

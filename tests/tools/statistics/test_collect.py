@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from billhook_kernels.masks import score_two_sided
 from billhook_kernels.methods import LayerStatistics
-from billhook_kernels.scores import score_two_sided
 from billhook_kernels.statistics import lean_to_mean
 from tests.tiny import ARCHITECTURES, BLOCKS, VOCABULARY, make_tiny_model
 from tools.base.errors import UserError

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from billhook_kernels.scores import score_wanda
+from billhook_kernels.masks import score_wanda
 from tests.tiny import VOCABULARY, make_tiny_model
 from tools.base.progress import ignore_progress
 from tools.models.blocks import Blocks

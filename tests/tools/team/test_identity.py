@@ -3,8 +3,8 @@
 from pathlib import Path
 
 from tools.base.settings import TeamSettings
-from tools.team import identity
-from tools.team.identity import CODE, hash_code
+from tools.team import worker
+from tools.team.worker import CODE, hash_code
 
 
 def test_code_in_any_folder_counts_with_its_place(tmp_path: Path) -> None:
@@ -36,7 +36,7 @@ def test_code_in_any_folder_counts_with_its_place(tmp_path: Path) -> None:
 
 def test_the_code_that_runs_is_hashed() -> None:
     kernels, tools = CODE
-    assert (kernels / "methods.py").is_file() and (tools / "team" / "identity.py").samefile(str(identity.__file__))
+    assert (kernels / "methods.py").is_file() and (tools / "team" / "worker.py").samefile(str(worker.__file__))
 
 
 def test_the_same_bits_are_promised_of_cpus_alone() -> None:

@@ -8,8 +8,8 @@ import pytest
 from tests.fake_ray import make_connection
 from tests.tiny import tiny_settings
 from tools.base.errors import UserError
-from tools.team.identity import Identity
 from tools.team.places import Place, Places
+from tools.team.worker import Identity
 
 OURS = Identity(billhook="0.1.0 (abc)", torch="2.9 on x86_64", device="cpu", model="with weights 12")
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from torch import Tensor
 
-import tools.statistics.pruned
+import tools.statistics.table
 from billhook_kernels.guard import Pruned
 from billhook_kernels.methods import prune_weight
 from tests.benches import open_bench
@@ -40,7 +40,7 @@ def computed(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
         calls.append((method, zeros))
         return prune_weight(method, weight_OI, statistics, zeros, **options)
 
-    monkeypatch.setattr(tools.statistics.pruned, "prune_weight", count)
+    monkeypatch.setattr(tools.statistics.table, "prune_weight", count)
     return calls
 
 

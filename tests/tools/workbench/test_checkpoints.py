@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-import tools.statistics.pruned
+import tools.statistics.table
 from billhook_kernels.guard import Pruned
 from billhook_kernels.methods import prune_weight
 from tests.benches import (
@@ -146,7 +146,7 @@ def test_an_artifact_that_comes_out_different_is_refused(
         pruned = prune_weight(*arguments, **options)
         return pruned._replace(weight_OI=2 * pruned.weight_OI)
 
-    monkeypatch.setattr(tools.statistics.pruned, "prune_weight", spoil)
+    monkeypatch.setattr(tools.statistics.table, "prune_weight", spoil)
     with pytest.raises(DamagedArtifact) as refusal:
         bench.pruner.restore(checkpoint)
     assert str(refusal.value) == (

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-import tools.plans.polish
+import tools.plans.costs
 import tools.workbench.bench
 import tools.workbench.mixtures
 import tools.workbench.moments
@@ -16,9 +16,8 @@ from tests.named import name_texts, watch_polish
 from tests.team import join_team
 from tests.tiny import save_tiny_model, tiny_settings
 from tools.base.errors import ImpossiblePlan
-from tools.plans.costs import count_polish
+from tools.plans.costs import count_polish, schedule_polish
 from tools.plans.groups import refuse_two_walks
-from tools.plans.polish import schedule_polish
 from tools.plans.recipe import Recipe, parse_recipe
 from tools.plans.work_order import order_allocation
 from tools.workbench.bench import Workbench
@@ -191,7 +190,7 @@ def test_experts_are_mixed_too(tmp_path: Path, workbench_closed: None) -> None:
 
 
 def test_a_polish_goes_by_the_mixture_of_its_plan(named: Workbench, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tools.plans.polish, "STEP_TOKENS", 128)
+    monkeypatch.setattr(tools.plans.costs, "STEP_TOKENS", 128)
     read = watch_polish(monkeypatch)
     profile = named.profile(ignore)
     named.warn = lambda _: None

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-import tools.plans.polish
+import tools.plans.costs
 import tools.polish.gradients
 import tools.polish.loop
 from tests.benches import (
@@ -42,7 +42,7 @@ TOKENS = 64 * 12
 @pytest.fixture(autouse=True)
 def small_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     """Three steps a pass, which move weights far enough for a tiny model."""
-    monkeypatch.setattr(tools.plans.polish, "STEP_TOKENS", 128)
+    monkeypatch.setattr(tools.plans.costs, "STEP_TOKENS", 128)
     monkeypatch.setattr(tools.polish.loop, "RATE", 3e-3)
 
 

@@ -20,8 +20,8 @@ from tools.plans.work_order import order_allocation
 from tools.statistics.collect import collect_questions, collect_statistics
 from tools.statistics.known import ModelStatistics
 from tools.workbench.bench import Workbench
+from tools.workbench.evaluate import probe_orders
 from tools.workbench.open import close_workbench
-from tools.workbench.probes import probe_orders
 
 
 def test_a_profile_holds_every_layer_and_comes_out_the_same_again(bench: Workbench) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-import tools.statistics.pruned
+import tools.statistics.table
 import tools.workbench.curves
 import tools.workbench.layer_pruning
 from billhook_kernels.guard import Pruned
@@ -236,7 +236,7 @@ def test_a_damping_that_had_to_grow_is_told(
     def strain(*arguments: Any, **options: Any) -> Pruned:
         return prune_weight(*arguments, **options)._replace(damping=0.1)
 
-    monkeypatch.setattr(tools.statistics.pruned, "prune_weight", strain)
+    monkeypatch.setattr(tools.statistics.table, "prune_weight", strain)
     prune(bench, bench.profile(ignore), 0.4)
     assert warnings[0] == (
         f"layer {bench.weights.layers[0].name} needed damping 0.1 instead of 0.01: its inputs are singular"

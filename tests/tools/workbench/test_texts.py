@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import tools.measure.recall
-import tools.plans.polish
+import tools.plans.costs
 import tools.polish.loop
 from tests.benches import SEQUENTIAL, ignore, open_bench, plan, prune, same, snapshot
 from tests.named import name_texts, watch_polish
@@ -21,7 +21,7 @@ from tools.measure.texts import list_texts
 from tools.plans.recipe import Recipe, parse_recipe
 from tools.plans.work_order import order_allocation
 from tools.workbench.bench import Workbench
-from tools.workbench.probes import probe_orders
+from tools.workbench.evaluate import probe_orders
 from tools.workbench.store import DENSE
 
 
@@ -144,7 +144,7 @@ def test_what_named_texts_do_not_have_is_refused_in_one_line(named: Workbench) -
 
 @pytest.mark.usefixtures("raw_gamma")
 def test_a_polish_weighs_windows_and_workers_polish_alike(named: Workbench, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tools.plans.polish, "STEP_TOKENS", 128)
+    monkeypatch.setattr(tools.plans.costs, "STEP_TOKENS", 128)
     monkeypatch.setattr(tools.polish.loop, "RATE", 3e-3)
 
     def polish(bench: Workbench) -> str:
@@ -160,7 +160,7 @@ def test_a_polish_weighs_windows_and_workers_polish_alike(named: Workbench, monk
 
 
 def test_a_polish_leaves_texts_out_that_count_nothing(named: Workbench, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tools.plans.polish, "STEP_TOKENS", 128)
+    monkeypatch.setattr(tools.plans.costs, "STEP_TOKENS", 128)
     read = watch_polish(monkeypatch)
     settings = named.settings.model_copy(update={"text_weights": {"code": 0.0, "prose": 1.0}})
     bench = open_bench(settings, named.directory.parent / "nothing", lambda _: None)
