@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from langgraph.runtime import Runtime
 
 from graph.config import RunConfig
-from graph.goals.worth import weigh_otherwise
+from graph.goals.choose import weigh_otherwise
 from graph.planning.orders import UNIFORM_WANDA, order_uniform
 from graph.planning.verdict import accepted_trial
 from graph.runs.session import Session, enter, open_bench
@@ -15,14 +15,13 @@ from graph.state import State
 from tools.base.errors import BrokenPlan, UserError, in_one_line
 from tools.base.files import write_json, write_text
 from tools.base.rundir import hash_files
-from tools.experiments.tasks import measure_checkpoints
+from tools.experiments.evaluation import measure_checkpoints
 from tools.measure.recall import Recall, compare_recall
 from tools.models.save import export_model
 from tools.plans.budget import same_sparsity
 from tools.plans.methods import Statistics
-from tools.results.cards import write_card
+from tools.results.cards import find_origin, write_card
 from tools.results.losses import Evaluation
-from tools.results.origin import find_origin
 from tools.results.page.page import write_page
 from tools.results.schema import (
     CutResult,

@@ -21,7 +21,7 @@ from graph.state import State
 from tools.base.errors import BrokenBaseline, UnknownStatistics, UserError
 from tools.base.rundir import runs_directory
 from tools.base.settings import NO_STREAMED_POLISH
-from tools.measure.texts import list_texts
+from tools.measure.recall import list_texts
 from tools.plans.costs import count_profile
 from tools.plans.cuts import Target
 from tools.plans.layer_profile import LayerProfile, predict_layer_kl

@@ -11,8 +11,7 @@ from graph.memory.notes import write_note
 from graph.planning.budget import can_profile, find_lateness
 from graph.planning.past import count_rounds
 from graph.planning.verdict import decide_stop, find_early
-from graph.reflecting.brief import choose_reflection, gather_evidence
-from graph.reflecting.notes import add_note, take_note
+from graph.reflecting.brief import add_note, choose_reflection, gather_evidence, take_note
 from graph.reflecting.posterior import CARRIED, merge_lessons
 from graph.reflecting.rule import combine_lessons, note_tried
 from graph.reflecting.schema import Reflection

@@ -11,8 +11,7 @@ from graph.runs.session import Session, enter, open_bench
 from graph.state import State
 from tools.base.errors import BrokenPlan, ImpossiblePlan
 from tools.instruments.probed import PastProbe
-from tools.measure.recall import Retention, compare_recall
-from tools.measure.texts import list_texts
+from tools.measure.recall import Retention, compare_recall, list_texts
 from tools.plans.budget import same_sparsity
 from tools.plans.work_order import WorkOrder
 from tools.results.losses import Evaluation, compare_kl, find_likelihood_better

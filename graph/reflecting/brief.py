@@ -23,7 +23,6 @@ from graph.planning.past import describe_notes, describe_probes, describe_texts
 from graph.planning.plan import MOST_HYPOTHESIS, Plan
 from graph.planning.recipes import find_recipe, gather_layers
 from graph.planning.table import describe_parts
-from graph.reflecting.notes import check_evidence
 from graph.reflecting.rule import WORD, Evidence, draw_lesson
 from graph.reflecting.schema import MAX_LEARNT, MOST, Lesson, Reflection, drop_schema, tell_of_cuts
 from graph.runs.session import Session, open_bench
@@ -38,6 +37,35 @@ from tools.results.trial import Trial
 
 if TYPE_CHECKING:
     from tools.workbench.bench import Workbench
+from graph.reflecting.schema import MAX_NOTES, Advice, Note
+
+
+def check_evidence(advice: Advice, evidence: Evidence) -> None:
+    """Raises ValueError in one line where a note names a round that measured nothing, or that never was."""
+    measured = [trial.iteration for trial in (*evidence.trials, evidence.trial) if trial.measured]
+    if unknown := [number for number in advice.trials if number not in measured]:
+        rounds = ", ".join(map(str, measured))
+        raise ValueError(f"note.trials: round {unknown[0]} of this run measured nothing; its measured rounds: {rounds}")
+
+
+def take_note(evidence: Evidence, reflection: Reflection) -> Note | None:
+    """The reflector's note as the run keeps it; None without one."""
+    if reflection.note is None:
+        return None
+    return Note(
+        run=evidence.run,
+        iteration=evidence.trial.iteration,
+        sparsity=evidence.trial.sparsity,
+        pattern=evidence.config.pattern,
+        cuts=evidence.config.takes_parts,
+        text=" ".join(reflection.note.text.split()),
+        trials=sorted(set(reflection.note.trials)),
+    )
+
+
+def add_note(notes: Sequence[Note], new: Note) -> list[Note]:
+    """The latest notes, oldest first; one that says the same again takes its last place."""
+    return [*(note for note in notes if note.text != new.text), new][-MAX_NOTES:]
 
 
 MAX_GROUP_LINES = 60

@@ -10,8 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from billhook_kernels.descent import find_low
-from billhook_kernels.guard import DAMPING, escalate
+from billhook_kernels.guard import DAMPING, escalate, find_low
 
 DAMPINGS = (0.02, 0.06, 0.2, 0.6, 2.0)
 """Shares of mean(diag A) that are tried on half of the text.

@@ -14,6 +14,11 @@ from typing import Any, Literal, get_args
 
 import torch
 
+INFINITY = 0x7F800000
+"""Bits of +inf: every finite non-negative fp32 has a smaller pattern."""
+
+NO_SCORE = "a pruning score is negative or not finite"
+
 THREAD_BYTES = 256 * 1024
 """Bytes to read that are worth a thread: waking one takes as long as reading about half as much."""
 

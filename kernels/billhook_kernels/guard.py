@@ -1,10 +1,28 @@
 """No update may cost more than it repairs. Shape suffixes: O output features (rows), I input features (columns)."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+
+def find_low(begin: int, count: int, measure: Callable[[int], float]) -> int:
+    """The place, of `count`, to which numbers fall from `begin` on, up or else down; each is measured once, and none
+    beyond the first that is no lower."""
+    known = {begin: measure(begin)}
+
+    def look(place: int) -> float:
+        if place not in known:
+            known[place] = measure(place)
+        return known[place]
+
+    place = begin
+    for towards in (1, -1):
+        while 0 <= place + towards < count and look(place + towards) < known[place]:
+            place += towards
+    return place
+
 
 DAMPING = 0.01
 """Share of mean(diag A) added to A's diagonal, as in SparseGPT (arXiv 2301.00774)."""

@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from billhook_kernels.dispatch import choose_kernel, share_rows
+from billhook_kernels.dispatch import INFINITY, NO_SCORE, choose_kernel, share_rows
 
 
 def score_wanda(weight_OI: Tensor, mean_square_I: Tensor) -> Tensor:
@@ -31,12 +31,6 @@ def score_two_sided(weight_OI: Tensor, mean_square_I: Tensor, gradient_square_O:
 def _scale(square: Tensor) -> Tensor:
     square = square.float()
     return torch.ldexp(square, -torch.frexp(square.mean().clamp(min=1e-30)).exponent)
-
-
-INFINITY = 0x7F800000
-"""Bits of +inf: every finite non-negative fp32 has a smaller pattern."""
-
-NO_SCORE = "a pruning score is negative or not finite"
 
 
 def score_bits(score: Tensor) -> Tensor:

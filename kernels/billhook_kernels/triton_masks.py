@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from billhook_kernels.masks import INFINITY, NO_SCORE
+from billhook_kernels.dispatch import INFINITY, NO_SCORE
 
 WIDEST_ROW = 16384
 """Columns of a row that one program selects from."""

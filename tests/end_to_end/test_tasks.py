@@ -9,7 +9,7 @@ from tests.end_to_end.conftest import Command
 from tests.end_to_end.helpers import read_events, read_summary
 from tests.rows import write_rows
 from tools.base.errors import UserError
-from tools.experiments import tasks
+from tools.experiments import evaluation
 
 
 @pytest.fixture
@@ -24,7 +24,7 @@ def test_tasks_are_in_the_summary_the_report_and_the_card_and_are_not_asked_agai
     asked: list[str], tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     labels: list[str] = []
-    ask = tasks.run_benchmark
+    ask = evaluation.run_benchmark
 
     def stop_at_the_second(benchmark: Any, model: Any, tokenizer: Any, label: str, progress: Any) -> Any:
         labels.append(label)
@@ -32,7 +32,7 @@ def test_tasks_are_in_the_summary_the_report_and_the_card_and_are_not_asked_agai
             raise UserError("stopped by the test")
         return ask(benchmark, model, tokenizer, label, progress)
 
-    monkeypatch.setattr(tasks, "run_benchmark", stop_at_the_second)
+    monkeypatch.setattr(evaluation, "run_benchmark", stop_at_the_second)
     assert command(*asked).code == 2
     resumed = command("--resume", "run")
     assert resumed.code == 0

@@ -1,6 +1,6 @@
 import pytest
 
-from billhook_kernels.descent import find_low
+from billhook_kernels.guard import find_low
 
 
 @pytest.mark.parametrize(

@@ -168,7 +168,7 @@ def _fill_row(
     facts: "Retention | None",
     **figures: Any,
 ) -> Row:
-    from tools.measure.texts import list_texts  # imports torch
+    from tools.measure.recall import list_texts  # imports torch
 
     return Row(
         recipe=job.label,

@@ -3,12 +3,14 @@
 import gc
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from pydantic import Field
+from pydantic import BaseModel, Field
 from rich.console import Console
 
 from tools.base.console import print_line, show_bars
 from tools.base.errors import UserError
+from tools.base.files import read_json, write_json
 from tools.base.progress import Progress
 from tools.base.rows import lock_out, read_kept
 from tools.base.settings import LoadSettings, TaskSettings, TeamSettings
@@ -22,6 +24,54 @@ from tools.models.load import (
     load_model,
 )
 from tools.results.evaluation import Figures, Row, write_figures
+from tools.results.losses import Result, compare_scores
+from tools.results.schema import Score
+
+if TYPE_CHECKING:
+    from tools.workbench.bench import Workbench
+
+
+class Results(BaseModel):
+    """What is kept of one model on one task."""
+
+    results: list[Result]
+
+
+def measure_checkpoints(
+    bench: "Workbench",
+    settings: TaskSettings,
+    checkpoints: dict[str, str],
+    progress: Progress,
+) -> list[Score]:
+    """The tasks on checkpoints of the workbench, by label; each is asked once, then read back.
+
+    The last checkpoint asked stays in the model. Raises UserError where the tasks cannot be loaded.
+    """
+    scores: list[Score] = []
+    benchmarks = load_benchmarks(settings, bench.settings.dtype)
+    for label, checkpoint in checkpoints.items():
+        for benchmark in benchmarks:
+            path = bench.directory / "evaluations" / f"{benchmark.name}-{checkpoint[:16]}.json"
+            results = _read_kept(path, benchmark, label)
+            if results is None:
+                bench.pruner.restore(checkpoint)
+                results = run_benchmark(benchmark, bench.model, bench.tokenizer, label, progress)
+                write_json(path, Results(results=results).model_dump())
+            warn_of_cut_prompts(results, bench.warn)
+            scores += [result.score for result in results]
+    compare_scores(scores)
+    return scores
+
+
+def _read_kept(path: Path, benchmark: Benchmark, label: str) -> list[Result] | None:
+    """What was measured before by the same protocol, under the label that it has now."""
+    try:
+        results = Results.model_validate(read_json(path, "it is measured again")).results
+    except (OSError, ValueError):
+        return None
+    if any(differ_from(result.score, benchmark) for result in results):
+        return None
+    return [Result(score=r.score.model_copy(update={"model": label}), values=r.values) for r in results]
 
 
 class EvaluateSettings(TaskSettings, LoadSettings):

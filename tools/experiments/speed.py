@@ -27,7 +27,7 @@ from tools.plans.allocate import allocate
 from tools.plans.recipe import Recipe
 from tools.plans.work_order import order_allocation
 from tools.statistics.collect import collect_statistics
-from tools.statistics.extent import work_alone
+from tools.statistics.requests import work_alone
 from tools.workbench.bench import Workbench
 from tools.workbench.moments import read_moment
 from tools.workbench.store import DENSE

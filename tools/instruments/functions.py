@@ -17,7 +17,7 @@ from tools.base.errors import ImpossiblePlan, UserError
 from tools.base.progress import Progress
 from tools.instruments.comparisons import Figures, compare_probes, find_best_whole, round_figure
 from tools.instruments.probed import PastProbe, Probed, count_rest, find_known, remember_probe
-from tools.measure.texts import list_texts
+from tools.measure.recall import list_texts
 from tools.plans.cuts import Cutting
 from tools.plans.groups import MAX_GROUPS, Group
 from tools.plans.layer_profile import LEVELS, MOST_SELECTOR, LayerProfile, predict_kl, select_layers

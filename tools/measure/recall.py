@@ -20,9 +20,33 @@ from tools.measure.continuations import continue_rows
 from tools.measure.tasks.freebaseqa import normalize
 from tools.models.positions import refuse_long_question
 from tools.models.readout import CHUNK, compute_hidden, compute_logits
-from tools.results.losses import MOST_NATS
+from tools.results.losses import MOST_NATS, Evaluation, compare_kl
+from tools.results.schema import TextFigures
 from tools.texts.questions import QUESTION_FORM, Question, split_questions
 from tools.texts.windows import find_bos
+
+
+def list_texts(evaluation: Evaluation, accepted: Evaluation | None = None) -> list[TextFigures]:
+    """The figures of every text, with how its KL differs from that of the `accepted` weights on the same windows.
+
+    Empty where texts have no names.
+    """
+    return [_describe(evaluation, accepted, name) for name in dict.fromkeys(evaluation.texts)]
+
+
+def _describe(evaluation: Evaluation, accepted: Evaluation | None, name: str) -> TextFigures:
+    own, theirs = evaluation.take_text(name), accepted.take_text(name) if accepted else None
+    change, error = compare_kl(own, theirs) if theirs and own.finite and theirs.finite else (None, None)
+    return TextFigures(
+        name=name,
+        weight=evaluation.weights[name],
+        perplexity=own.perplexity,
+        kl=own.mean_kl,
+        kl_error=own.kl_error,
+        change=change,
+        change_error=error,
+    )
+
 
 BATCH = 16
 """Questions in one forward; they are sorted by length, so that little of it is padding."""

@@ -24,7 +24,6 @@ from tools.base.settings import QUESTIONS, Calibration
 from tools.models.layers import Layer
 from tools.plans.layer_profile import LEVELS
 from tools.statistics.experts import FEW, count_seen, fill_up, fill_up_moments, list_pools
-from tools.statistics.extent import Extent, begin_walk, join_answers
 from tools.statistics.known import (
     KeptBlocks,
     ModelStatistics,
@@ -37,6 +36,7 @@ from tools.statistics.known import (
 )
 from tools.statistics.passage import Purpose, Walk, split_texts
 from tools.statistics.requests import (
+    Extent,
     Parts,
     SumCurves,
     SumGradients,
@@ -44,7 +44,9 @@ from tools.statistics.requests import (
     SumMoments,
     Team,
     ask_in_turn,
+    begin_walk,
     ignore_ticks,
+    join_answers,
 )
 from tools.statistics.shards import Sums
 from tools.statistics.walks import Nodes, layers_by_block

@@ -11,8 +11,7 @@ from torch import Tensor
 from tools.base.settings import Calibration
 from tools.models.unfinished import States, hold_states
 from tools.statistics.gradients import Gradient, Seen
-from tools.statistics.shards import Span, Sums
-from tools.statistics.states import StateStack
+from tools.statistics.shards import Span, StateStack, Sums
 
 Purpose = Literal["profile", "moments", "pruning"]
 """Why a text walks up: to come back, for the moments alone, or through blocks that change before it passes them."""

@@ -6,10 +6,9 @@ from dataclasses import replace
 from tools.base.progress import Progress, count_up
 from tools.models.layers import Layer
 from tools.statistics.collect import finish_curves, group_layers
-from tools.statistics.extent import Extent, begin_walk, join_answers
 from tools.statistics.known import ModelStatistics, mix_gamma, mix_tensors
 from tools.statistics.passage import split_texts
-from tools.statistics.requests import SumMaskCurves, Team
+from tools.statistics.requests import Extent, SumMaskCurves, Team, begin_walk, join_answers
 
 
 def measure_text_curves(

@@ -24,7 +24,7 @@ from tools.models.layers import find_device
 from tools.models.readout import begin_draw, hidden_gradients
 from tools.plans.cuts import Counts
 from tools.statistics.passage import Stack
-from tools.statistics.states import StateStack
+from tools.statistics.shards import StateStack
 from tools.surgery.blocks import pass_block
 from tools.surgery.moments import finish_moments, kept_outputs, tapped
 from tools.surgery.parts import KINDS, Kind, Part, find_parts

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from billhook_kernels.descent import find_low
+from billhook_kernels.guard import find_low
 from tools.base.errors import UserError
 from tools.base.progress import Progress
 from tools.base.settings import ALIGN

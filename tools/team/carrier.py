@@ -8,8 +8,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from tools.statistics.requests import Here, Kept
-from tools.team.frozen import Reference, keep
-from tools.team.places import Place
+from tools.team.places import Place, Reference, keep
 from tools.team.requests import Install
 from tools.team.worker import StoredLayer
 

@@ -20,8 +20,7 @@ from tools.statistics.requests import Answers, ShardRequest
 from tools.statistics.shards import SHARDS, Span, share_out
 from tools.team.carrier import Carrier, Weights, WeightSource
 from tools.team.connection import connect, count_workers
-from tools.team.frozen import Reference, keep, thaw
-from tools.team.places import Place, Places
+from tools.team.places import Place, Places, Reference, keep, thaw
 from tools.team.requests import Job, OnShards, Shared
 from tools.team.worker import KeptPlace, Texts, identify
 

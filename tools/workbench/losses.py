@@ -22,9 +22,8 @@ from tools.measure.losses import (
 from tools.models.blocks import Blocks
 from tools.models.streamed import find_stream
 from tools.results.losses import Evaluation
-from tools.statistics.extent import Extent, work_alone
 from tools.statistics.passage import KeptPassages
-from tools.statistics.requests import Team
+from tools.statistics.requests import Extent, Team, work_alone
 from tools.team.cluster import Cluster
 from tools.team.requests import MeasureLosses, OnSpan
 from tools.team.worker import Texts

@@ -14,8 +14,8 @@ from billhook_kernels.statistics import pack_triangle, unpack_triangle
 from tools.base.progress import Progress, ignore_progress
 from tools.models.mapped import map_tensors
 from tools.statistics.collect import collect_moments
-from tools.statistics.extent import begin_walk
 from tools.statistics.passage import Walk
+from tools.statistics.requests import begin_walk
 from tools.workbench.losses import Crew
 from tools.workbench.store import ArtifactStore, Index
 from tools.workbench.unfinished import Kind, StoredProfile

@@ -9,9 +9,8 @@ from tools.plans.cuts import CutOrder
 from tools.plans.groups import refuse_two_walks
 from tools.plans.work_order import WorkOrder
 from tools.results.schema import Polished
-from tools.workbench.checkpoints import Checkpoint, LayerRecord, LayerTask, make_checkpoint
 from tools.workbench.cuts import Cuts
-from tools.workbench.layer_pruning import LayerPruner, Tasks
+from tools.workbench.layer_pruning import Checkpoint, LayerPruner, LayerRecord, LayerTask, Tasks, make_checkpoint
 from tools.workbench.polish import Polisher, PolishText
 from tools.workbench.profiles import Profiles
 from tools.workbench.store import DENSE, ArtifactStore, Index

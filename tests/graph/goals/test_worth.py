@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from graph.config import RunConfig
-from graph.goals.worth import find_shares, list_other_weights, weigh_otherwise
+from graph.goals.choose import find_shares, list_other_weights, weigh_otherwise
 from graph.planning.foresee import foresee_course
 from graph.planning.plan import Plan
 from graph.state import State

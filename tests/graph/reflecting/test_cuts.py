@@ -10,8 +10,7 @@ from graph.llm.ladder import AgentError
 from graph.llm.models import open_model
 from graph.planning.plan import Plan
 from graph.planning.table import describe_parts
-from graph.reflecting.brief import reflect_with_chat, reflector_messages
-from graph.reflecting.notes import take_note
+from graph.reflecting.brief import reflect_with_chat, reflector_messages, take_note
 from graph.reflecting.rule import Evidence, combine_lessons
 from graph.reflecting.schema import Note
 from tests.evidence import learnt, make_evidence

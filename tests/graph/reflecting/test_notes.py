@@ -13,8 +13,7 @@ from graph.llm.models import open_model
 from graph.memory import notes as memory
 from graph.memory.lessons import NOTES, namespace
 from graph.memory.notes import read_notes, write_note
-from graph.reflecting.brief import reflect_with_chat, reflector_messages
-from graph.reflecting.notes import add_note, check_evidence, take_note
+from graph.reflecting.brief import add_note, check_evidence, reflect_with_chat, reflector_messages, take_note
 from graph.reflecting.schema import MAX_NOTES, Note, Reflection
 from tests.evidence import make_evidence
 from tests.openai_server import OpenAIServer

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from tools.measure.texts import list_texts
+from tools.measure.recall import list_texts
 from tools.results.losses import Evaluation, compare_kl, find_likelihood_better, join_windows
 
 TEXTS = ["code"] * 3 + ["prose"] * 3

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from graph.config import RunConfig
 from tests.made_runs import CUT, PROTOCOL, write_run
-from tools.results.origin import find_origin
+from tools.results.cards import find_origin
 from tools.results.sentences import describe_origin
 
 CONFIG = RunConfig(model="tiny").model_dump(mode="json")

@@ -17,9 +17,8 @@ from tools.models.layers import find_layers
 from tools.models.readout import compute_hidden, compute_logits
 from tools.plans.layer_profile import LEVELS
 from tools.statistics.collect import collect_statistics, measure_kappa
-from tools.statistics.extent import work_alone
 from tools.statistics.known import PRIOR
-from tools.statistics.requests import Here
+from tools.statistics.requests import Here, work_alone
 
 WINDOWS, LENGTH, BACKWARD, SEED = 3, 20, 2, 5
 

@@ -25,11 +25,10 @@ from tools.models.layers import Layer, find_layers
 from tools.models.readout import compute_hidden, compute_logits
 from tools.plans.layer_profile import LEVELS
 from tools.statistics.collect import Progress, collect_moments, collect_statistics, measure_kappa
-from tools.statistics.extent import work_alone
 from tools.statistics.gradients import CLIP
 from tools.statistics.known import PRIOR, ModelStatistics
 from tools.statistics.passage import Walk
-from tools.statistics.requests import Here
+from tools.statistics.requests import Here, work_alone
 
 SCRATCH = Path(tempfile.gettempdir())
 WINDOWS, LENGTH, BACKWARD, SEED = 3, 20, 2, 5

@@ -19,9 +19,8 @@ from tools.models.layers import find_layers
 from tools.plans.layer_profile import LEVELS
 from tools.statistics.collect import collect_statistics, measure_kappa
 from tools.statistics.experts import FEW, describe_few, fill_up, fill_up_moments, find_few
-from tools.statistics.extent import work_alone
 from tools.statistics.known import ModelStatistics
-from tools.statistics.requests import Here, Parts, ShardRequest, T
+from tools.statistics.requests import Here, Parts, ShardRequest, T, work_alone
 from tools.statistics.shards import Span
 from tools.statistics.walks import Walks
 

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
-import tools.statistics.states
+import tools.statistics.shards
 from tools.base.errors import DiskFull
-from tools.statistics.states import StateStack
+from tools.statistics.shards import StateStack
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -45,6 +45,6 @@ def test_a_full_disk_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         def close(self) -> None:
             pass
 
-    monkeypatch.setattr(tools.statistics.states.tempfile, "TemporaryFile", lambda **_: Full())
+    monkeypatch.setattr(tools.statistics.shards.tempfile, "TemporaryFile", lambda **_: Full())
     with pytest.raises(DiskFull):
         StateStack(tmp_path).push([torch.zeros(2)])

@@ -12,7 +12,7 @@ from tools.base.progress import ignore_progress
 from tools.models.blocks import Blocks
 from tools.models.layers import find_layers
 from tools.statistics.collect import collect_statistics
-from tools.statistics.extent import work_alone
+from tools.statistics.requests import work_alone
 from tools.statistics.table import build_profile, measure_peak
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tools.statistics.requests import Here
-from tools.team.frozen import freeze, thaw
+from tools.team.places import freeze, thaw
 from tools.team.worker import LayerWork
 
 

@@ -27,7 +27,7 @@ from tools.base.errors import DamagedArtifact
 from tools.plans.recipe import Recipe, parse_recipe
 from tools.plans.work_order import order_allocation
 from tools.workbench.bench import Workbench
-from tools.workbench.checkpoints import LayerTask, make_layer_key
+from tools.workbench.layer_pruning import LayerTask, make_layer_key
 from tools.workbench.open import close_workbench
 from tools.workbench.store import DENSE
 

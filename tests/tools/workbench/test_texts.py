@@ -17,7 +17,7 @@ from tests.team import gather_teams, join_team
 from tests.tiny import tiny_settings
 from tools.base.errors import ImpossiblePlan
 from tools.base.progress import Stopped, stop_at
-from tools.measure.texts import list_texts
+from tools.measure.recall import list_texts
 from tools.plans.recipe import Recipe, parse_recipe
 from tools.plans.work_order import order_allocation
 from tools.workbench.bench import Workbench
